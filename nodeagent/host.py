@@ -1,0 +1,299 @@
+"""What a node looks like to the program: protocols that adapters fulfil and tests stand in for.
+
+Every method that reaches outside has a time-out and raises HostError when the outside fails; a
+thing that is merely absent is None or empty, never an error.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One systemd unit as `systemctl show` sees it."""
+
+    load: str  # loaded | not-found | masked | …
+    active: str  # active | activating | inactive | failed | …
+    invocation: str = ""  # changes with every start
+    enabled: str = ""  # enabled | disabled | static | …
+    result: str = ""
+
+    @property
+    def exists(self) -> bool:
+        return self.load == "loaded"
+
+    @property
+    def is_active(self) -> bool:
+        return self.active in ("active", "reloading")
+
+
+@dataclass(frozen=True)
+class SwarmInfo:
+    """The Engine's own view of its Swarm membership (`GET /info`, part Swarm)."""
+
+    state: str = "inactive"  # inactive | pending | active | error | locked
+    node_id: str = ""
+    is_manager: bool = False
+    cluster_id: str = ""  # known to managers at once, to workers by their certificate
+    labels: Mapping[str, str] = field(default_factory=dict)
+    nodes: int = 0
+    error: str = ""
+    remote_managers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What `GET /info` and `/version` tell of a running Engine."""
+
+    version: str
+    log_driver: str
+    live_restore: bool
+    swarm: SwarmInfo
+    cluster_store: str = ""
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container of ours: how it is to be made. Two equal definitions need no replacement."""
+
+    name: str
+    image: str
+    entrypoint: tuple[str, ...]
+    command: tuple[str, ...]
+    binds: tuple[str, ...]
+    config_sha256: str  # of the files it reads at start, so that a new one replaces it
+
+    @property
+    def definition(self) -> str:
+        return repr((self.image, self.entrypoint, self.command, self.binds, self.config_sha256))
+
+
+@dataclass(frozen=True)
+class ContainerState:
+    """A container as the Engine has it."""
+
+    definition: str
+    status: str  # created | running | restarting | exited | dead | …
+    exit_code: int
+    last_lines: tuple[str, ...] = ()  # of its log, when it is not running
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One key of Consul's KV."""
+
+    value: str
+    index: int
+    session: str = ""  # the session that holds it as a lock
+
+
+@dataclass(frozen=True)
+class Member:
+    """One member of Consul's gossip pool."""
+
+    name: str
+    address: str
+    alive: bool
+    server: bool
+
+
+@dataclass(frozen=True)
+class ConsulSelf:
+    """The local Consul agent as it describes itself."""
+
+    node_name: str
+    datacenter: str
+    server: bool
+    address: str
+    version: str
+
+
+def service_id(name: str) -> str:
+    """The id under which this node registers a service; the prefix marks it as ours."""
+    return f"{SERVICE_ID_PREFIX}{name}"
+
+
+SERVICE_ID_PREFIX = "nodeagent:"
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service of this node in Consul's catalogue. A check is `tcp` or, when 0, a TTL in s."""
+
+    name: str
+    port: int
+    tags: tuple[str, ...]
+    meta: Mapping[str, str]
+    tcp: str = ""
+    ttl_s: int = 0
+
+    @property
+    def id(self) -> str:
+        return service_id(self.name)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation of a KV transaction; `verb` is Consul's (set, cas, lock, check-index, …)."""
+
+    verb: str
+    key: str
+    value: str = ""
+    index: int = 0
+    session: str = ""
+
+
+@dataclass(frozen=True)
+class Interface:
+    """One IPv4 address of one network interface, as `10.10.0.11/16`."""
+
+    name: str
+    address: str
+
+
+class Files(Protocol):
+    """Local files."""
+
+    def read(self, path: Path) -> str | None: ...
+    def write(self, path: Path, text: str, mode: int | None) -> None:
+        """Write atomically and durably: afterwards the file is the old or the new one, whole.
+
+        Without a mode it keeps the old file's owner and mode, or is root's with 644.
+        """
+
+    def remove(self, path: Path) -> None: ...
+    def exists(self, path: Path) -> bool: ...
+    def sha256(self, path: Path) -> str | None: ...
+    def download(self, location: str, path: Path, sha256: str) -> None:
+        """Fetch a URL or copy a path to `path`; nothing stays there unless the digest is right."""
+
+    def try_lock(self, path: Path) -> AbstractContextManager[bool]:
+        """Hold `path` as this process's lock; False when another process has it."""
+
+    def unpack_program(self, archive: Path, path: Path) -> None:
+        """Put the program in `archive` (itself, or the one file in a .zip) at `path`, mode 755."""
+
+
+class Systemd(Protocol):
+    """The service manager."""
+
+    def is_running(self) -> bool:
+        """False in a chroot or an image build, where units can only be enabled."""
+
+    def unit(self, name: str) -> Unit: ...
+    def start(self, name: str) -> None: ...
+    def stop(self, name: str) -> None: ...
+    def restart(self, name: str) -> None: ...
+    def enable(self, name: str) -> None: ...
+    def disable(self, name: str) -> None: ...
+    def reload(self) -> None: ...
+    def last_lines(self, name: str, count: int) -> tuple[str, ...]: ...
+    def notify(self, **values: str) -> None:
+        """Tell the service manager that started us READY=1, STATUS=…, WATCHDOG=1."""
+
+
+class DockerEngine(Protocol):
+    """One Docker daemon: the user's Engine or the System Engine."""
+
+    def info(self) -> EngineInfo | None:
+        """None when nothing answers on the socket."""
+
+    def swarm_tokens(self) -> tuple[str, str]:
+        """Join tokens (worker, manager); managers only."""
+
+    def swarm_is_bare(self) -> bool:
+        """Whether the Swarm has nobody and nothing in it but this one manager."""
+
+    def swarm_init(self, address: str, labels: Mapping[str, str]) -> None: ...
+    def swarm_join(self, address: str, manager: str, token: str) -> None: ...
+    def swarm_leave(self) -> None: ...
+    def has_image(self, image: str) -> bool: ...
+    def load_image(self, archive: Path) -> tuple[str, ...]: ...
+    def pull_image(self, image: str) -> None: ...
+    def container(self, name: str) -> ContainerState | None: ...
+    def run_container(self, container: Container) -> None:
+        """Replace any container of that name by a new running one."""
+
+    def start_container(self, name: str) -> None: ...
+    def watch(self, wake: Callable[[], None], stop: threading.Event) -> None:
+        """Call `wake` on every event that can matter, until `stop`; blocks."""
+
+
+class ConsulAgent(Protocol):
+    """The local Consul agent's HTTP API."""
+
+    def self(self) -> ConsulSelf | None:
+        """None when nothing answers."""
+
+    def leader(self) -> str: ...
+    def members(self) -> tuple[Member, ...]: ...
+    def join(self, address: str) -> None: ...
+    def get(self, prefix: str) -> Mapping[str, Entry]:
+        """All keys below `prefix`, read consistently: an answer proves a working leader."""
+
+    def transact(self, *ops: Op) -> bool:
+        """True when all were done; False, with nothing done, when a check or lock failed."""
+
+    def create_session(self, name: str, ttl_s: int) -> str: ...
+    def renew_session(self, session: str) -> bool: ...
+    def destroy_session(self, session: str) -> None: ...
+    def healthy(self, service: str) -> tuple[str, ...]:
+        """Addresses (`ip:port`) of instances of a service whose checks all pass."""
+
+    def services(self) -> Mapping[str, Service]:
+        """Services that this program registered on this node, by id."""
+
+    def register(self, service: Service) -> None: ...
+    def deregister(self, service_id: str) -> None: ...
+    def vouch(self, service_id: str, passing: bool, note: str) -> None:
+        """Pass or fail a TTL check; `note` is what Consul's own pages show beside it."""
+
+    def watch(self, prefix: str, wake: Callable[[], None], stop: threading.Event) -> None: ...
+
+
+class Resolver(Protocol):
+    """DNS."""
+
+    def consul_servers(self, domain: str) -> tuple[str, ...]:
+        """Targets of the consul service's SRV records, asked of the local Consul."""
+
+    def addresses(self, name: str) -> tuple[str, ...]:
+        """IPv4 addresses of a name: those of its SRV targets where it has any, else its own."""
+
+
+class Network(Protocol):
+    """Network interfaces."""
+
+    def interfaces(self) -> tuple[Interface, ...]: ...
+    def hostname(self) -> str: ...
+
+
+class Clock(Protocol):
+    """Time."""
+
+    def now(self) -> float: ...
+    def monotonic(self) -> float: ...
+    def wait(self, timeout_s: float) -> bool:
+        """Return False after `timeout_s`, or True as soon as `wake` has been called."""
+
+    def wake(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """Everything outside the program, one protocol each."""
+
+    files: Files
+    systemd: Systemd
+    engine: DockerEngine
+    system_engine: DockerEngine
+    consul: ConsulAgent
+    resolver: Resolver
+    network: Network
+    clock: Clock

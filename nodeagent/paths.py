@@ -1,0 +1,39 @@
+"""Where things are on a node. `/var/lib` lasts; `/run` does not outlive a boot."""
+
+from pathlib import Path
+
+SPEC = Path("/etc/nodeagent/node.yaml")
+DAEMON_JSON = Path("/etc/docker/daemon.json")
+MACHINE_ID = Path("/etc/machine-id")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+UNITS = Path("/etc/systemd/system")
+
+PROGRAM = Path("/opt/nodeagent")
+LAUNCHER = PROGRAM / "nodeagent"
+COMMAND = Path("/usr/local/bin/nodeagent")
+
+STATE = Path("/var/lib/nodeagent")
+IDENTITY = STATE / "identity.json"
+ENGINE_RECORD = STATE / "engine-options.json"
+ORIGINALS = STATE / "originals"
+ORIGINAL_DAEMON_JSON = ORIGINALS / "daemon.json"
+IMAGES = STATE / "images"
+CONSUL = STATE / "consul"
+CONSUL_CONFIG = CONSUL / "config" / "consul.json"
+CONSUL_DATA = CONSUL / "data"
+CONSUL_BINARY = CONSUL / "bin" / "consul"
+LAST_MANAGERS = STATE / "last-managers.json"
+
+RUN = Path("/run/nodeagent")
+STATUS = RUN / "status.json"
+LOCK = RUN / "lock"
+RESTART_PENDING = RUN / "engine-restart-pending"
+CONSUL_RESTART_PENDING = RUN / "consul-restart-pending"
+
+ENGINE_SOCKET = Path("/run/docker.sock")
+SYSTEM_ENGINE_SOCKET = Path("/run/nodeagent-engine/docker.sock")
+
+ENGINE_UNIT = "docker.service"
+SYSTEM_ENGINE_UNIT = "nodeagent-engine.service"
+CONSUL_UNIT = "nodeagent-consul.service"
+AGENT_UNIT = "nodeagent.service"

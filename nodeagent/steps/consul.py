@@ -1,0 +1,252 @@
+"""Consul runs here with the rendered configuration, in its container or under systemd."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import ipaddress
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nodeagent import paths
+from nodeagent.address import cluster_address
+from nodeagent.changes import (
+    Change,
+    EnableUnit,
+    Fetch,
+    LoadImage,
+    PullImage,
+    RestartUnit,
+    RunContainer,
+    StartContainer,
+    StartUnit,
+    UnpackProgram,
+    WriteFile,
+)
+from nodeagent.host import ConsulSelf, Container, ContainerState, Host, Unit
+from nodeagent.plan import Plan, Step, block, change, done, wait
+from nodeagent.spec import Spec
+
+CONTAINER = "consul"
+
+
+@dataclass(frozen=True)
+class Seen:
+    address: str
+    hostname: str
+    agent: ConsulSelf | None
+    config: str | None
+    unit: Unit  # of the System Engine, or of Consul itself for runtime binary
+    archive_is_here: bool
+    journal: tuple[str, ...] = ()
+    engine_answers: bool = False
+    has_image: bool = False
+    container: ContainerState | None = None
+    program_of: str | None = None  # runtime binary: what the installed program was made from
+    restart_pending: str | None = None
+
+
+def observe(spec: Spec, host: Host) -> Seen:
+    in_container = spec.consul.runtime == "container"
+    name = paths.SYSTEM_ENGINE_UNIT if in_container else paths.CONSUL_UNIT
+    unit = host.systemd.unit(name)
+    seen = Seen(
+        address=cluster_address(spec.address, host.network.interfaces()),
+        hostname=host.network.hostname(),
+        agent=host.consul.self(),
+        config=host.files.read(paths.CONSUL_CONFIG),
+        unit=unit,
+        archive_is_here=host.files.exists(archive_path(spec)),
+        journal=host.systemd.last_lines(name, 5) if unit.active == "failed" else (),
+    )
+    if not in_container:
+        return dataclasses.replace(
+            seen,
+            program_of=host.files.read(_PROGRAM_OF),
+            restart_pending=host.files.read(paths.CONSUL_RESTART_PENDING),
+        )
+    if not unit.is_active or host.system_engine.info() is None:
+        return seen
+    return dataclasses.replace(
+        seen,
+        engine_answers=True,
+        has_image=host.system_engine.has_image(spec.consul.image),
+        container=host.system_engine.container(CONTAINER),
+    )
+
+
+def diff(spec: Spec, seen: Seen) -> Plan:
+    wanted = render(spec, seen.address, seen.hostname)
+    if spec.consul.runtime == "container":
+        return _container(spec, seen, wanted)
+    return _binary(spec, seen, wanted)
+
+
+def _container(spec: Spec, seen: Seen, wanted: str) -> Plan:
+    definition = container(spec, wanted)
+    is_running = seen.container is not None and seen.container.status == "running"
+    if seen.agent and not is_running:
+        return _foreign(seen.agent)
+    runtime = _unit_runs(paths.SYSTEM_ENGINE_UNIT, seen)
+    if runtime:
+        return runtime
+    if not seen.engine_answers:
+        return wait("the System Engine to answer on its socket")
+    if not seen.has_image:
+        archive = archive_path(spec)
+        if not spec.consul.archive or not spec.consul.sha256:
+            return change(PullImage(spec.consul.image))
+        if not seen.archive_is_here:
+            return change(Fetch(spec.consul.archive, archive, spec.consul.sha256))
+        return change(LoadImage(archive, spec.consul.image))
+    changes: list[Change] = []
+    if seen.config != wanted:
+        changes.append(WriteFile(paths.CONSUL_CONFIG, wanted, 0o600))
+    if seen.container is None or seen.container.definition != definition.definition:
+        changes.append(RunContainer(definition))
+    if changes:
+        return change(*changes)
+    assert seen.container is not None
+    if not is_running:
+        if seen.container.exit_code and seen.container.last_lines:
+            return block(
+                f"Consul does not start: {seen.container.last_lines[-1]}",
+                fix=f"docker -H unix://{paths.SYSTEM_ENGINE_SOCKET} logs {CONTAINER}",
+            )
+        return change(StartContainer(CONTAINER))
+    return _answers(spec, seen)
+
+
+def _binary(spec: Spec, seen: Seen, wanted: str) -> Plan:
+    if seen.agent and not seen.unit.is_active:
+        return _foreign(seen.agent)
+    if not spec.consul.archive or not spec.consul.sha256:
+        return block(
+            "runtime binary has no program to run",
+            fix=f"give consul.archive and consul.sha256 in {paths.SPEC}",
+        )
+    if seen.program_of != spec.consul.sha256:
+        archive = archive_path(spec)
+        if not seen.archive_is_here:
+            return change(Fetch(spec.consul.archive, archive, spec.consul.sha256))
+        return change(
+            *_pending(seen),
+            UnpackProgram(archive, paths.CONSUL_BINARY),
+            WriteFile(_PROGRAM_OF, spec.consul.sha256, 0o600),
+        )
+    if seen.config != wanted:
+        return change(*_pending(seen), WriteFile(paths.CONSUL_CONFIG, wanted, 0o600))
+    if seen.unit.is_active and seen.restart_pending == seen.unit.invocation:
+        return change(RestartUnit(paths.CONSUL_UNIT, "its program or configuration changed"))
+    return _unit_runs(paths.CONSUL_UNIT, seen) or _answers(spec, seen)
+
+
+def _pending(seen: Seen) -> list[Change]:
+    """Remember, before a change, which run of the unit is the one that does not have it yet."""
+    if not seen.unit.is_active:
+        return []
+    return [WriteFile(paths.CONSUL_RESTART_PENDING, seen.unit.invocation, 0o600)]
+
+
+def _unit_runs(name: str, seen: Seen) -> Plan | None:
+    if not seen.unit.exists:
+        return block(f"{name} is not installed", fix="nodeagent install")
+    if seen.unit.enabled == "disabled":
+        return change(EnableUnit(name))
+    if seen.unit.active == "failed":
+        words = f": {seen.journal[-1]}" if seen.journal else ""
+        return block(f"{name} fails{words}", fix=f"journalctl -u {name}")
+    if seen.unit.active == "inactive":
+        return change(StartUnit(name))
+    if not seen.unit.is_active:
+        return wait(f"{name} to start")
+    return None
+
+
+def _answers(spec: Spec, seen: Seen) -> Plan:
+    agent = seen.agent
+    if agent is None:
+        return wait("Consul to answer on 127.0.0.1:8500")
+    ours = (spec.datacenter, seen.hostname, seen.address)
+    if (agent.datacenter, agent.node_name, agent.address) != ours:
+        return _foreign(agent)
+    return done(f"Consul {agent.version} at {agent.address}")
+
+
+def _foreign(agent: ConsulSelf) -> Plan:
+    return block(
+        f"another Consul runs here already: node {agent.node_name}, datacenter "
+        f"{agent.datacenter}, at {agent.address}",
+        fix="stop and disable it (systemctl disable --now consul), or give this node to it",
+    )
+
+
+def archive_path(spec: Spec) -> Path:
+    """Where the archive lies once its digest has been checked."""
+    return paths.IMAGES / (spec.consul.sha256 or "none")
+
+
+def container(spec: Spec, config: str) -> Container:
+    """How Consul's container is made; it sees the host's network and its own two directories."""
+    return Container(
+        name=CONTAINER,
+        image=spec.consul.image,
+        entrypoint=("consul",),
+        command=("agent", "-config-file=/consul/config/consul.json"),
+        binds=(
+            f"{paths.CONSUL_CONFIG.parent}:/consul/config:ro",
+            f"{paths.CONSUL_DATA}:/consul/data",
+        ),
+        config_sha256=hashlib.sha256(config.encode()).hexdigest(),
+    )
+
+
+def render(spec: Spec, address: str, hostname: str) -> str:
+    """Return Consul's configuration, with keys that 1.8 and current versions both accept.
+
+    A server never lists itself in `retry_join`: a join to itself would count as success, and the
+    others would not be tried again. Names are resolved and joined by the quorum step.
+    """
+    in_container = spec.consul.runtime == "container"
+    config: dict[str, Any] = {
+        "datacenter": spec.datacenter,
+        "domain": spec.domain,
+        "node_name": hostname,
+        "server": spec.is_server,
+        "bind_addr": address,
+        "advertise_addr": address,
+        "client_addr": "127.0.0.1",
+        "data_dir": "/consul/data" if in_container else str(paths.CONSUL_DATA),
+        "retry_join": [
+            entry for entry in spec.join if entry != address and not is_name(entry)
+        ],
+        "retry_interval": "500ms",
+        # A reboot is not a departure.
+        "leave_on_terminate": False,
+        "skip_leave_on_interrupt": True,
+        # Production timing: https://developer.hashicorp.com/consul/docs/install/performance
+        "performance": {"raft_multiplier": 1},
+        "enable_additional_node_meta_txt": False,
+        "disable_update_check": True,
+    }
+    if spec.is_server:
+        config["bootstrap_expect"] = spec.servers
+    return json.dumps(config, indent=2) + "\n"
+
+
+def is_name(entry: str) -> bool:
+    """Whether an entry of `join` is a DNS name: neither an address nor a cloud auto-join string."""
+    if entry.startswith("provider="):
+        return False
+    try:
+        ipaddress.ip_address(entry)
+    except ValueError:
+        return True
+    return False
+
+
+_PROGRAM_OF = paths.CONSUL_BINARY.with_suffix(".sha256")
+
+STEP = Step("consul", requires=("identity",), observe=observe, diff=diff)

@@ -1,0 +1,1 @@
+"""Tests of nodeagent: unit, contract, golden files and the lab."""
