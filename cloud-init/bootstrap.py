@@ -7,7 +7,6 @@ step, and on failure one with the fix. Running it again is harmless.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import json
@@ -47,7 +46,7 @@ def main(argv: list[str]) -> None:
     except BootstrapError as error:
         problem = str(error)
     except OSError as error:
-        problem = f"{error} (free some space or mend the disk, then: {sys.executable} {argv[0]} …)"
+        problem = f"{error} (mend that, then run this again: python3 {' '.join(argv)})"
     print(f"nodeagent: could not be installed: {problem}", file=sys.stderr, flush=True)
     sys.exit(1)
 
@@ -63,7 +62,7 @@ def get_program(config: dict[str, str], program: Path) -> list[str]:
             )
         say(f"found {launcher} in the image")
         return [str(launcher)]
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - this script itself runs on 3.9
         raise BootstrapError(
             f"python3 is {sys.version.split()[0]} here and nodeagent needs 3.10 or newer "
             "(use Debian 12, Ubuntu 22.04 or newer)"
@@ -165,5 +164,4 @@ def run(what: str, argv: list[str], fix: str = "its own words stand above") -> N
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main(sys.argv)
+    main(sys.argv)

@@ -60,7 +60,7 @@ class Fetch:
         return f"fetch {self.location}"
 
     def apply(self, host: Host) -> None:
-        host.files.download(self.location, self.path, self.sha256)
+        host.web.fetch(self.location, self.path, self.sha256)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ class Loop:
     spec_path: Path
     apply: Apply | None = None
     jitter: Callable[[float, float], float] = random.uniform
+    changes_made: int = 0
+    _vouched: tuple[float, object] = (0.0, None)
 
     def run(self, until: Callable[[Cycle], bool], deadline_s: float | None = None) -> Cycle:
         """Cycle until `until` says so, or until `deadline_s` has passed; return the last cycle.
@@ -50,12 +52,14 @@ class Loop:
         Raises SpecError if the spec is wrong to begin with. One that becomes wrong later blocks
         the node and changes nothing.
         """
-        spec_module.load(self.spec_path, Spec)
+        spec = spec_module.load(self.spec_path, Spec)
+        self.status.about = {"cluster": spec.cluster, "role": spec.role, "security": spec.security}
         clock = self.host.clock
         end = None if deadline_s is None else clock.monotonic() + deadline_s
         sentence, since = "", clock.monotonic()
         while True:
             cycle = self._cycle()
+            self.changes_made += cycle.made_changes
             if not sentence:
                 self.host.systemd.notify(READY="1")
             if cycle.sentence != sentence or cycle.made_changes:
@@ -93,17 +97,18 @@ class Loop:
     def _vouch(self, cycle: Cycle) -> None:
         """Pass or fail this node's TTL checks in Consul, as far as Consul can be told."""
         states = {result.name: result.state for result in cycle.results}
-        if states.get("consul") != "done":
+        verdict = (cycle.is_ready, states.get("engine") == "done", cycle.sentence)
+        now = self.host.clock.monotonic()
+        is_news = verdict != self._vouched[1] or now - self._vouched[0] > SETTLED_S / 2
+        if states.get("consul") != "done" or not is_news:
             return
         try:
             registered = self.host.consul.services()
-            for name, is_right in (
-                (services.NODE_SERVICE, cycle.is_ready),
-                (services.ENGINE_SERVICE, states.get("engine") == "done"),
-            ):
+            for name, is_right in zip(services.VOUCHED, verdict[:2], strict=True):
                 id_ = service_id(name)
                 if id_ in registered:
                     self.host.consul.vouch(id_, is_right, cycle.sentence)
+            self._vouched = (now, verdict)
         except HostError as error:
             log.debug("%s", error)
 

@@ -170,14 +170,21 @@ class Files(Protocol):
     def remove(self, path: Path) -> None: ...
     def exists(self, path: Path) -> bool: ...
     def sha256(self, path: Path) -> str | None: ...
-    def download(self, location: str, path: Path, sha256: str) -> None:
-        """Fetch a URL or copy a path to `path`; nothing stays there unless the digest is right."""
-
     def try_lock(self, path: Path) -> AbstractContextManager[bool]:
         """Hold `path` as this process's lock; False when another process has it."""
 
+    def is_held(self, path: Path) -> bool:
+        """Whether some living process has `path` as its lock."""
+
     def unpack_program(self, archive: Path, path: Path) -> None:
         """Put the program in `archive` (itself, or the one file in a .zip) at `path`, mode 755."""
+
+
+class Web(Protocol):
+    """Files from elsewhere."""
+
+    def fetch(self, location: str, path: Path, sha256: str) -> None:
+        """Fetch a URL or copy a path to `path`; nothing stays there unless the digest is right."""
 
 
 class Systemd(Protocol):
@@ -290,6 +297,7 @@ class Host:
     """Everything outside the program, one protocol each."""
 
     files: Files
+    web: Web
     systemd: Systemd
     engine: DockerEngine
     system_engine: DockerEngine

@@ -26,7 +26,8 @@ LAST_MANAGERS = STATE / "last-managers.json"
 
 RUN = Path("/run/nodeagent")
 STATUS = RUN / "status.json"
-LOCK = RUN / "lock"
+LOCK = RUN / "lock"  # held during a cycle
+ALIVE = RUN / "alive"  # held by the loop as long as it lives
 RESTART_PENDING = RUN / "engine-restart-pending"
 CONSUL_RESTART_PENDING = RUN / "consul-restart-pending"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -14,6 +15,7 @@ from nodeagent.converge import Cycle, Preview, StepResult
 from nodeagent.host import Clock, Files
 
 SCHEMA_VERSION = 1
+Listener = Callable[[Mapping[str, Any], float], None]
 MARKS = {
     "done": "ok",
     "changing": "..",
@@ -34,10 +36,12 @@ class StatusFile:
     pid: int
     node: str
     steps: Iterable[str]
-    listener: Any = None
+    about: Mapping[str, str] = field(default_factory=dict)
+    listener: Listener | None = None
     _steps: dict[str, dict[str, Any]] = field(default_factory=dict)
     _head: dict[str, Any] = field(default_factory=dict)
     _written: str = ""
+    _began: float = 0.0
 
     def __post_init__(self) -> None:
         self._began = self.clock.monotonic()
@@ -78,7 +82,117 @@ class StatusFile:
         self._written = text
         now = round(self.clock.now(), 3)
         head = {"schema_version": SCHEMA_VERSION, "agent_version": __version__}
-        head |= {"node": self.node, "pid": self.pid, "updated": now}
+        head |= {"node": self.node, "pid": self.pid, "updated": now, "about": self.about}
         self.files.write(paths.STATUS, json.dumps({**head, **body}) + "\n", 0o644)
         if self.listener is not None:
-            self.listener(body)
+            self.listener(body, self.clock.monotonic() - self._began)
+
+
+def read_status(files: Files) -> dict[str, Any] | None:
+    """Return the last status the agent wrote since boot, with `is_running`; None if there is none."""
+    text = files.read(paths.STATUS)
+    if text is None:
+        return None
+    try:
+        status = json.loads(text)
+        status["is_running"] = files.is_held(paths.ALIVE)
+    except (ValueError, TypeError):
+        return None
+    return dict(status)
+
+
+def status_text(status: Mapping[str, Any] | None, columns: int) -> str:
+    """The status of this node for a terminal `columns` wide."""
+    if status is None:
+        return "nodeagent has not run since this machine booted; systemctl start nodeagent\n"
+    lines = [f"{status['node']}: {status['sentence']}"]
+    if not status["is_running"]:
+        lines[0] = f"{status['node']}: nodeagent is not running; its last word was:"
+        lines.append(f"  {status['sentence']}")
+    for name, step in status["steps"].items():
+        time = f"{step['done_s']:.1f} s" if step["done_s"] is not None else ""
+        head = f"  {MARKS[step['state']]:2}  {name:9} "
+        lines += _wrapped(head, step["sentence"], time, columns)
+    about = status.get("about") or {}
+    if about.get("security") == "off":
+        lines.append("SECURITY IS OFF: nothing in this cluster is encrypted or authenticated")
+    return "\n".join(lines) + "\n"
+
+
+def sentence_of(status: Mapping[str, Any] | None) -> str:
+    """The one line of a status."""
+    if status is None:
+        return "nodeagent has not run since this machine booted"
+    return str(status["sentence"] if status["is_running"] else "nodeagent is not running")
+
+
+def _wrapped(head: str, sentence: str, tail: str, columns: int) -> list[str]:
+    """One row: `head`, the sentence in as many lines as it takes, `tail` at the right edge."""
+    width = max(columns - len(head) - 9, 20)
+    parts = textwrap.wrap(sentence, width) or [""]
+    first = f"{head}{parts[0]:{width}} {tail:>8}".rstrip()
+    return [first, *(" " * len(head) + part for part in parts[1:])]
+
+
+def plan_text(previews: Iterable[Preview], columns: int) -> str:
+    """What a cycle would do, for a terminal `columns` wide."""
+    lines: list[str] = []
+    for preview in previews:
+        head = f"  {preview.name:9} "
+        for sentence in plan_sentences(preview):
+            lines += _wrapped(head, sentence, "", columns)
+            head = " " * len(head)
+    return "\n".join(lines) + "\n"
+
+
+def plan_sentences(preview: Preview) -> list[str]:
+    """One sentence for each change of a step; or why there is none."""
+    plan = preview.plan
+    if plan is None:
+        return [preview.error or "not known before the steps above are done"]
+    if plan.blocked:
+        return [f"blocked: {plan.blocked}; {plan.fix}"]
+    if plan.waits_for:
+        return [f"waits for {plan.waits_for}"]
+    return [str(change) for change in plan.changes] or [f"nothing to do: {plan.summary}"]
+
+
+def plan_json(previews: Iterable[Preview]) -> dict[str, Any]:
+    """What a cycle would do, as data."""
+    steps = {}
+    for preview in previews:
+        plan = preview.plan
+        steps[preview.name] = {
+            "changes": [str(change) for change in plan.changes] if plan else [],
+            "waits_for": plan.waits_for if plan else "",
+            "blocked": plan.blocked if plan else "",
+            "fix": plan.fix if plan else "",
+            "is_known": plan is not None,
+            "error": preview.error,
+        }
+    return {"schema_version": SCHEMA_VERSION, "steps": steps}
+
+
+class Lines:
+    """Live progress: one line whenever a step has something new to say."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._shown: dict[str, tuple[str, str]] = {}
+
+    def __call__(self, body: Mapping[str, Any], elapsed_s: float) -> None:
+        for name, step in body["steps"].items():
+            news = (step["state"], step["sentence"])
+            if step["state"] == "held" or self._shown.get(name) == news:
+                continue
+            self._shown[name] = news
+            print(
+                f"{elapsed_s:6.1f} s  {MARKS[step['state']]:2}  {name:9} {step['sentence']}",
+                file=self._out,
+                flush=True,
+            )
+
+
+def columns() -> int:
+    """How wide the terminal is; 80 where there is none."""
+    return shutil.get_terminal_size((80, 24)).columns if sys.stdout.isatty() else 80

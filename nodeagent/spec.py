@@ -377,8 +377,10 @@ def _cross_check(spec: Any, reader: _Reader) -> None:
 def _shown(value: Any) -> str:
     """A found value as the operator would recognise it, at most 60 characters."""
     text = repr(value) if isinstance(value, str) else str(value)
-    text = {None: "nothing", True: "true", False: "false"}.get(value, text) if _plain(value) else (
-        f"a list: {text}" if isinstance(value, list) else f"a mapping: {text}"
+    text = (
+        {None: "nothing", True: "true", False: "false"}.get(value, text)
+        if _plain(value)
+        else (f"a list: {text}" if isinstance(value, list) else f"a mapping: {text}")
     )
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -219,9 +219,7 @@ def render(spec: Spec, address: str, hostname: str) -> str:
         "advertise_addr": address,
         "client_addr": "127.0.0.1",
         "data_dir": "/consul/data" if in_container else str(paths.CONSUL_DATA),
-        "retry_join": [
-            entry for entry in spec.join if entry != address and not is_name(entry)
-        ],
+        "retry_join": [entry for entry in spec.join if entry != address and not is_name(entry)],
         "retry_interval": "500ms",
         # A reboot is not a departure.
         "leave_on_terminate": False,

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from nodeagent import paths
-from nodeagent.changes import KEEP_MODE, Change, EnableUnit, RemoveFile, RestartUnit, StartUnit, WriteFile
+from nodeagent.changes import (
+    KEEP_MODE,
+    Change,
+    EnableUnit,
+    RemoveFile,
+    RestartUnit,
+    StartUnit,
+    WriteFile,
+)
 from nodeagent.host import EngineInfo, Host, Unit
 from nodeagent.plan import Plan, Step, block, change, done, wait
 from nodeagent.spec import Log, Spec
@@ -117,9 +125,7 @@ class _Record:
         return any(key in kept and kept[key] == value for kept in (self.options, self.before))
 
 
-def _merge(
-    log: Log | None, found: dict[str, Any], ours: _Record
-) -> tuple[dict[str, Any], str]:
+def _merge(log: Log | None, found: dict[str, Any], ours: _Record) -> tuple[dict[str, Any], str]:
     """Return the options the file is to have, or a sentence about what contradicts."""
     for key in NOT_WITH_SWARM:
         if found.get(key):

@@ -15,6 +15,7 @@ from nodeagent.steps.swarm import MANAGER_PORT, MANAGER_SERVICE
 
 NODE_SERVICE = "nodeagent"
 ENGINE_SERVICE = "docker-engine"
+VOUCHED = (NODE_SERVICE, ENGINE_SERVICE)  # whose checks the loop passes or fails
 TTL_S = 90  # the loop vouches every 30 s or so; one late round is no alarm, three are
 
 

@@ -6,6 +6,7 @@ every wait through `wait_until`; nothing else in the lab starts, kills or sleeps
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -146,10 +147,8 @@ class Process:
     @property
     def alive(self) -> bool:
         """Whether it runs; reaps it if it is a dead child of this process."""
-        try:
+        with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, os.WNOHANG)
-        except ChildProcessError:
-            pass
         stat = _stat(self.pid)
         return stat is not None and stat[0] not in "ZX" and stat[1] == self.start
 
@@ -211,7 +210,7 @@ def spawn(*argv: str | Path, log: Path, groups: Sequence[Path] = ()) -> Process:
     return process
 
 
-def into_groups(groups: Sequence[Path], *argv: str | Path) -> list[str]:
+def into_groups(groups: Sequence[Path | str], *argv: str | Path) -> list[str]:
     """The words that run a command inside cgroups, without another process in between."""
     script = (
         'while [ "$1" != -- ]; do echo $$ >"$1/cgroup.procs" || exit 125; shift; done; '
@@ -291,8 +290,10 @@ def has_cgroup_v1() -> bool:
     return any(kind == "cgroup" for _, kind in cgroup_hierarchies())
 
 
-def make_cgroups(group: str, name: str) -> list[Path]:
-    """Make `group/name` in every hierarchy, able to carry machines; return the directories.
+def make_cgroups(group: str, name: str, *, leaf: bool) -> list[Path]:
+    """Make `group/name` in every hierarchy; return the directories.
+
+    A leaf takes processes; any other carries further groups (on cgroup v2 no group does both).
 
     Each machine must have its own: nspawn with --keep-unit puts every machine into the sub-groups
     `payload` and `supervisor` of the group it was started in, so two machines started in one group
@@ -310,7 +311,7 @@ def make_cgroups(group: str, name: str) -> list[Path]:
         own = parent / name
         own.mkdir(exist_ok=True)
         if kind == "cgroup2":
-            for directory in (top, parent, own):
+            for directory in (top, parent) if leaf else (top, parent, own):
                 _delegate(directory)
         made.append(own)
     return made

@@ -1,0 +1,221 @@
+"""Docker daemons, by the Engine API over their sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import docker
+import docker.errors
+import requests
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
+from nodeagent.errors import HostError
+from nodeagent.host import Container, ContainerState, EngineInfo, SwarmInfo
+
+TIMEOUT_S = 10
+JOIN_TIMEOUT_S = 30  # the Engine itself gives up on a manager after 20 s (moby daemon/cluster)
+IMAGE_TIMEOUT_S = 50  # per read; an image load or pull that stands still for longer has failed
+DEFINITION = "nodeagent.definition"
+
+
+class DockerDaemon:
+    """One Docker daemon. Connects anew after any failure."""
+
+    def __init__(self, *, socket: Path, name: str) -> None:
+        self._socket = socket
+        self._name = name
+        self._client: docker.DockerClient | None = None
+
+    @contextlib.contextmanager
+    def _call(self, operation: str, timeout_s: int = TIMEOUT_S) -> Iterator[docker.DockerClient]:
+        """The one gate for every call: with a time-out, and the library's errors made ours."""
+        try:
+            if self._client is None:
+                self._client = docker.DockerClient(
+                    base_url=f"unix://{self._socket}", timeout=TIMEOUT_S
+                )
+            self._client.api.timeout = timeout_s
+            yield self._client
+        except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+            self._client = None
+            cause = getattr(error, "explanation", None) or error
+            raise HostError(operation, self._name, cause) from error
+
+    def info(self) -> EngineInfo | None:
+        if not self._socket.exists():
+            return None
+        try:
+            with self._call("ask for the state of") as client:
+                info = client.info()
+        except HostError as error:
+            if isinstance(error.__cause__, (docker.errors.APIError, requests.Timeout)):
+                raise
+            return None  # nothing listens
+        return EngineInfo(
+            version=str(info.get("ServerVersion", "")),
+            log_driver=str(info.get("LoggingDriver", "")),
+            live_restore=bool(info.get("LiveRestoreEnabled")),
+            swarm=_swarm(info),
+        )
+
+    def swarm_tokens(self) -> tuple[str, str]:
+        with self._call("read the join tokens of") as client:
+            tokens = client.api.inspect_swarm()["JoinTokens"]
+            return tokens["Worker"], tokens["Manager"]
+
+    def swarm_is_bare(self) -> bool:
+        with self._call("list what is in the Swarm of") as client:
+            api = client.api
+            return not (api.services() or api.secrets() or api.configs()) and len(api.nodes()) == 1
+
+    def swarm_init(self, address: str, labels: Mapping[str, str]) -> None:
+        with self._call("initialise a Swarm on", JOIN_TIMEOUT_S) as client:
+            client.swarm.init(
+                advertise_addr=address, listen_addr=f"{address}:2377", labels=dict(labels)
+            )
+
+    def swarm_join(self, address: str, manager: str, token: str) -> None:
+        try:
+            with self._call(f"join the Swarm through {manager} on", JOIN_TIMEOUT_S) as client:
+                client.swarm.join(
+                    remote_addrs=[manager],
+                    join_token=token,
+                    advertise_addr=address,
+                    listen_addr=f"{address}:2377",
+                )
+        except HostError as error:
+            # A join that the Engine gave up on goes on in the background (FACTS: swarm.go,
+            # "Timeout was reached before node joined") and would meet the next one.
+            info = self.info()
+            if info is None or info.swarm.state != "active":
+                self.swarm_leave()
+                raise
+            if not info.swarm.cluster_id:
+                raise HostError("join the Swarm on", self._name, error.cause) from error
+
+    def swarm_leave(self) -> None:
+        with self._call("leave the Swarm on", JOIN_TIMEOUT_S) as client:
+            client.swarm.leave(force=True)
+        info = self.info()  # docker-py calls any 503 a success
+        if info is not None and info.swarm.state != "inactive":
+            raise HostError("leave the Swarm on", self._name, f"it is still {info.swarm.state}")
+
+    def has_image(self, image: str) -> bool:
+        try:
+            with self._call("look for an image in") as client:
+                client.api.inspect_image(image)
+        except HostError as error:
+            if isinstance(error.__cause__, docker.errors.ImageNotFound):
+                return False
+            raise
+        return True
+
+    def load_image(self, archive: Path) -> tuple[str, ...]:
+        with (
+            self._call("load an image into", IMAGE_TIMEOUT_S) as client,
+            archive.open("rb") as file,
+        ):
+            return tuple(tag for image in client.images.load(file) for tag in image.tags)
+
+    def pull_image(self, image: str) -> None:
+        with self._call(f"pull {image} into", IMAGE_TIMEOUT_S) as client:
+            client.images.pull(
+                image if "@" in image or ":" in image.rpartition("/")[2] else f"{image}:latest"
+            )
+
+    def container(self, name: str) -> ContainerState | None:
+        try:
+            with self._call("inspect a container of") as client:
+                found = client.api.inspect_container(name)
+                status = str(found["State"]["Status"])
+                lines: tuple[str, ...] = ()
+                if status != "running":
+                    text = client.api.logs(name, tail=5).decode("utf-8", "replace")
+                    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
+        except HostError as error:
+            if isinstance(error.__cause__, docker.errors.NotFound):
+                return None
+            raise
+        return ContainerState(
+            definition=str((found["Config"].get("Labels") or {}).get(DEFINITION, "")),
+            status=status,
+            exit_code=int(found["State"]["ExitCode"]),
+            last_lines=lines,
+        )
+
+    def run_container(self, container: Container) -> None:
+        with self._call(f"run container {container.name} in", JOIN_TIMEOUT_S) as client:
+            with contextlib.suppress(docker.errors.NotFound):
+                client.api.stop(container.name, timeout=TIMEOUT_S)
+                client.api.remove_container(container.name, force=True)
+            client.containers.run(
+                container.image,
+                list(container.command),
+                name=container.name,
+                entrypoint=list(container.entrypoint),
+                detach=True,
+                network_mode="host",
+                volumes=list(container.binds),
+                labels={DEFINITION: container.definition},
+                restart_policy={"Name": "always"},
+                cap_drop=["ALL"],
+                security_opt=["no-new-privileges"],
+                read_only=True,
+            )
+
+    def start_container(self, name: str) -> None:
+        with self._call(f"start container {name} in") as client:
+            client.api.start(name)
+
+    def watch(self, wake: Callable[[], None], stop: threading.Event) -> None:
+        """Wake on changes of Swarm nodes and of the daemon itself, its end included."""
+        while not stop.is_set():
+            with contextlib.suppress(
+                docker.errors.DockerException, requests.RequestException, OSError
+            ):
+                client = docker.APIClient(base_url=f"unix://{self._socket}", timeout=TIMEOUT_S)
+                client.timeout = None  # an event may be hours away
+                for _ in client.events(filters={"type": ["daemon", "node"]}):
+                    wake()
+                wake()
+            stop.wait(1)
+
+
+def _swarm(info: Mapping[str, Any]) -> SwarmInfo:
+    swarm = info.get("Swarm") or {}
+    cluster = swarm.get("Cluster") or {}
+    state = str(swarm.get("LocalNodeState") or "inactive")
+    cluster_id = str(cluster.get("ID") or "")
+    if not cluster_id and state != "inactive":
+        cluster_id = _cluster_of_certificate(Path(str(info.get("DockerRootDir", ""))))
+    return SwarmInfo(
+        state=state,
+        node_id=str(swarm.get("NodeID") or ""),
+        is_manager=bool(swarm.get("ControlAvailable")),
+        cluster_id=cluster_id,
+        labels=(cluster.get("Spec") or {}).get("Labels") or {},
+        nodes=int(swarm.get("Nodes") or 0),
+        error=str(swarm.get("Error") or ""),
+        remote_managers=tuple(
+            str(manager.get("Addr")) for manager in swarm.get("RemoteManagers") or ()
+        ),
+    )
+
+
+def _cluster_of_certificate(data_root: Path) -> str:
+    """Return the Swarm's id, which workers have only in their certificate's organization.
+
+    Source: swarmkit ca/certificates.go, `GenerateNewCSR`: O is the cluster, OU the role.
+    """
+    try:
+        pem = (data_root / "swarm/certificates/swarm-node.crt").read_bytes()
+        names = x509.load_pem_x509_certificate(pem).subject
+        found = names.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
+    except (OSError, ValueError):
+        return ""
+    return str(found[0].value) if found else ""

@@ -1,0 +1,129 @@
+"""Local files: read whole, written atomically and durably."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from nodeagent.errors import HostError
+
+
+class LocalFiles:
+    """The machine's file system. Directories that are missing are made, for root only."""
+
+    def read(self, path: Path) -> str | None:
+        with _errors("read", path):
+            try:
+                return path.read_text("utf-8", "surrogateescape")
+            except FileNotFoundError:
+                return None
+
+    def exists(self, path: Path) -> bool:
+        return path.exists()
+
+    def write(self, path: Path, text: str, mode: int | None) -> None:
+        with _errors("write", path), replacing(path) as (temporary, old):
+            temporary.write_text(text, "utf-8", "surrogateescape")
+            if mode is None and old is not None:
+                os.chown(temporary, old.st_uid, old.st_gid)
+                temporary.chmod(old.st_mode & 0o7777)
+            else:
+                temporary.chmod(0o644 if mode is None else mode)
+
+    def remove(self, path: Path) -> None:
+        with _errors("remove", path):
+            path.unlink(missing_ok=True)
+
+    def sha256(self, path: Path) -> str | None:
+        with _errors("read", path):
+            try:
+                with path.open("rb") as file:
+                    return hashlib.file_digest(file, "sha256").hexdigest()
+            except FileNotFoundError:
+                return None
+
+    def unpack_program(self, archive: Path, path: Path) -> None:
+        with _errors("unpack", archive), replacing(path) as (temporary, _):
+            if zipfile.is_zipfile(archive):
+                with zipfile.ZipFile(archive) as packed, packed.open(path.name) as source:
+                    with temporary.open("wb") as file:
+                        shutil.copyfileobj(source, file)
+            else:
+                shutil.copyfile(archive, temporary)
+            temporary.chmod(0o755)
+
+    @contextlib.contextmanager
+    def try_lock(self, path: Path) -> Iterator[bool]:
+        with _errors("lock", path):
+            _make_directory(path.parent)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+        finally:
+            os.close(descriptor)
+
+    def is_held(self, path: Path) -> bool:
+        if not path.exists():
+            return False
+        with _errors("look at", path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            finally:
+                os.close(descriptor)
+        return False
+
+
+@contextlib.contextmanager
+def _errors(operation: str, target: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, zipfile.BadZipFile, KeyError) as error:
+        cause = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise HostError(operation, target, cause) from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[tuple[Path, os.stat_result | None]]:
+    """Yield a new file beside `path` that takes its place, synced, unless the block fails."""
+    _make_directory(path.parent)
+    try:
+        old: os.stat_result | None = path.stat()
+    except FileNotFoundError:
+        old = None
+    temporary = path.with_name(f".{path.name}.nodeagent-new")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.close(descriptor)
+        yield temporary, old
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _make_directory(path: Path) -> None:
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,314 @@
+"""The command line. Heavy imports wait until a verb needs them, so that `status` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, TextIO
+
+from nodeagent import __version__, paths
+from nodeagent.errors import Exit, HostError, NodeagentError, NotRootError, SpecError
+
+if TYPE_CHECKING:
+    from nodeagent import daemon, report
+
+POLL_S = 0.1  # of the status file, by `status --wait` and `--watch`
+
+log = logging.getLogger("nodeagent")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; return its exit code."""
+    arguments = _parser().parse_args(argv)
+    _log_to(sys.stdout if arguments.verb == "run" else sys.stderr, arguments.verbose)
+    try:
+        return int(arguments.act(arguments))
+    except NodeagentError as error:
+        print(f"nodeagent: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.OK
+    except KeyboardInterrupt:
+        return 130  # as shells report SIGINT
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    _need_root("run")
+    from nodeagent import daemon, spec
+
+    loop = _loop(arguments)
+    host = loop.host
+    with host.files.try_lock(paths.ALIVE) as is_ours:
+        if not is_ours:
+            raise HostError("run beside", "another nodeagent", f"it holds {paths.ALIVE}")
+        try:
+            wanted = spec.load(arguments.spec, spec.Spec)
+        except SpecError as error:
+            host.systemd.notify(STATUS=f"blocked: {error.sentence}")
+            raise
+        daemon.watch(host, wanted, threading.Event())
+        loop.run(until=lambda _: False)
+    return Exit.OK
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    _need_root("apply")
+    from nodeagent import report
+
+    loop = _loop(arguments, report.Lines(sys.stdout))
+    cycle = loop.run(
+        until=lambda cycle: cycle.is_ready or cycle.is_blocked, deadline_s=arguments.timeout
+    )
+    made = loop.changes_made
+    print(f"{cycle.sentence} ({made} change{'' if made == 1 else 's'} made)")
+    return _exit_of(is_ready=cycle.is_ready, is_blocked=cycle.is_blocked)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    _need_root("plan")
+    from nodeagent import converge, report, spec
+    from nodeagent.adapters.node import this_machine
+    from nodeagent.steps import STEPS
+
+    previews = converge.preview(spec.load(arguments.spec, spec.Spec), this_machine(), STEPS)
+    if arguments.json:
+        print(json.dumps(report.plan_json(previews), indent=2))
+    else:
+        sys.stdout.write(report.plan_text(previews, report.columns()))
+    blocked = any(preview.plan is not None and preview.plan.blocked for preview in previews)
+    return Exit.BLOCKED if blocked else Exit.OK
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from nodeagent import report
+    from nodeagent.adapters.clock import SystemClock
+    from nodeagent.adapters.files import LocalFiles
+
+    clock, files = SystemClock(), LocalFiles()
+    end = clock.monotonic() + (arguments.timeout or float("inf"))
+    shown = ""
+    while True:
+        status = report.read_status(files)
+        is_ready = status is not None and status["is_running"] and status["state"] == "ready"
+        is_last = clock.monotonic() >= end or not (arguments.watch or arguments.wait)
+        is_last = is_last or (arguments.wait and is_ready)
+        if arguments.json:
+            text = json.dumps(status, indent=None if arguments.watch else 2) + "\n"
+        else:
+            text = report.status_text(status, report.columns())
+        if arguments.watch or is_last:
+            if text != shown:
+                clear = "\x1b[H\x1b[2J" if arguments.watch and sys.stdout.isatty() else ""
+                print(clear + text, end="", flush=True)
+                shown = text
+        elif (sentence := report.sentence_of(status)) != shown:
+            print(sentence, file=sys.stderr)
+            shown = sentence
+        if is_last:
+            is_blocked = status is not None and status["state"] == "blocked"
+            return _exit_of(is_ready=is_ready, is_blocked=is_blocked)
+        clock.wait(POLL_S)
+
+
+def _install(arguments: argparse.Namespace) -> int:
+    _need_root("install")
+    from nodeagent import install
+    from nodeagent.adapters.node import this_machine
+
+    install.install(this_machine(), arguments.spec_file, start=not arguments.no_start)
+    return Exit.OK
+
+
+def _user_data(arguments: argparse.Namespace) -> int:
+    from nodeagent import spec, userdata
+
+    sys.stdout.write(userdata.render(spec.load(arguments.cluster, spec.Cluster), arguments.role))
+    return Exit.OK
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from nodeagent import spec
+
+    found = spec.load(arguments.file, spec.Cluster if arguments.cluster else spec.Spec)
+    if arguments.json:
+        print(json.dumps(spec.dump(found), indent=2))
+    else:
+        print(f"{arguments.file}: valid")
+    return Exit.OK
+
+
+def _schema(_arguments: argparse.Namespace) -> int:
+    from nodeagent import spec
+
+    print(json.dumps(spec.json_schema(), indent=2))
+    return Exit.OK
+
+
+def _loop(arguments: argparse.Namespace, listener: report.Listener | None = None) -> daemon.Loop:
+    from nodeagent import daemon, report
+    from nodeagent.adapters.node import this_machine
+    from nodeagent.steps import STEPS
+
+    host = this_machine()
+    status = report.StatusFile(
+        files=host.files,
+        clock=host.clock,
+        pid=os.getpid(),
+        node=host.network.hostname(),
+        steps=[step.name for step in STEPS],
+        listener=listener,
+    )
+    return daemon.Loop(host=host, steps=STEPS, status=status, spec_path=arguments.spec)
+
+
+def _exit_of(*, is_ready: bool, is_blocked: bool) -> Exit:
+    if is_ready:
+        return Exit.OK
+    return Exit.BLOCKED if is_blocked else Exit.WAITING
+
+
+def _need_root(verb: str) -> None:
+    if os.geteuid() != 0:
+        raise NotRootError(f"{verb} needs root: sudo nodeagent {verb}")
+
+
+def _log_to(stream: TextIO, verbose: bool) -> None:
+    """Log with the priorities of sd-daemon(3) under systemd, and plainly elsewhere."""
+    handler = logging.StreamHandler(stream)
+    if "JOURNAL_STREAM" in os.environ:
+        handler.setFormatter(_JournalFormatter())
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    log.propagate = False
+
+
+class _JournalFormatter(logging.Formatter):
+    PRIORITIES: ClassVar = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"<{self.PRIORITIES.get(record.levelname, 6)}>{super().format(record)}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nodeagent",
+        description="Makes this machine a working member of its Docker Swarm cluster.",
+        epilog="Exit codes: 0 done or ready, 1 a bug, 2 usage, 3 blocked: a human must act, "
+        "6 not ready yet, 77 not root, 78 the spec is wrong.",
+    )
+    parser.add_argument("--version", action="version", version=f"nodeagent {__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log every call")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(
+        name: str, act: Callable[[argparse.Namespace], int], about: str, example: str
+    ) -> argparse.ArgumentParser:
+        added = verbs.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=f"Example: {example}",
+        )
+        added.set_defaults(act=act)
+        return added
+
+    def with_spec(added: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        added.add_argument(
+            "--spec", type=Path, default=paths.SPEC, metavar="FILE", help=f"default {paths.SPEC}"
+        )
+        return added
+
+    with_spec(
+        verb(
+            "run",
+            _run,
+            "converge this node for ever; what the systemd unit starts",
+            "systemctl start nodeagent",
+        )
+    )
+    added = with_spec(
+        verb(
+            "apply",
+            _apply,
+            "converge this node once, showing progress",
+            "sudo nodeagent apply --timeout 120",
+        )
+    )
+    added.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=300.0,
+        metavar="S",
+        help="give up waiting for others after S seconds; default 300",
+    )
+    added = with_spec(
+        verb(
+            "plan",
+            _plan,
+            "show what apply would change here; change nothing",
+            "sudo nodeagent plan",
+        )
+    )
+    added.add_argument("--json", action="store_true", help="as JSON")
+    added = verb(
+        "status", _status, "show how this node stands", "nodeagent status --wait --timeout 120"
+    )
+    added.add_argument("--wait", action="store_true", help="return when the node is ready")
+    added.add_argument("--watch", action="store_true", help="show every change until interrupted")
+    added.add_argument("--timeout", type=_seconds, metavar="S", help="give up after S seconds")
+    added.add_argument("--json", action="store_true", help="as JSON; with --watch a line a change")
+    added = verb(
+        "install",
+        _install,
+        "put the program, its units and a spec in place",
+        "sudo nodeagent install --spec node.yaml",
+    )
+    added.add_argument(
+        "--spec", type=Path, dest="spec_file", metavar="FILE", help=f"becomes {paths.SPEC}"
+    )
+    added.add_argument(
+        "--no-start", action="store_true", help="only enable the unit, as for an image"
+    )
+    added = verb(
+        "user-data",
+        _user_data,
+        "write cloud-init user-data for one role to stdout",
+        "nodeagent user-data --role server cluster.yaml > server.yaml",
+    )
+    added.add_argument("--role", choices=("server", "worker"), required=True)
+    added.add_argument(
+        "cluster",
+        type=Path,
+        metavar="CLUSTER.yaml",
+        help="a spec without role; agent: says where machines get nodeagent",
+    )
+    added = verb(
+        "validate",
+        _validate,
+        "check a spec; no node and no root needed",
+        "nodeagent validate node.yaml",
+    )
+    added.add_argument("file", type=Path, nargs="?", default=paths.SPEC, metavar="FILE")
+    added.add_argument("--cluster", action="store_true", help="a cluster file: it has no role")
+    added.add_argument("--json", action="store_true", help="print the spec as read")
+    verb(
+        "schema",
+        _schema,
+        "write the JSON Schema of node.yaml to stdout",
+        "nodeagent schema > node.schema.json",
+    )
+    return parser
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: a number of seconds above 0 is needed")
+    return value
