@@ -1,4 +1,4 @@
-"""The command line. Heavy imports wait until a verb needs them, so that `status` answers at once."""
+"""The command line. Heavy imports wait until a verb needs them, so `status` answers at once."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Plan:
 
 
 def change(*changes: Change) -> Plan:
-    """These changes are to be made, in this order; any of them may be the last one before a kill."""
+    """These changes are to be made, in this order; a kill may come after any of them."""
     return Plan(changes=changes)
 
 

@@ -89,7 +89,7 @@ class StatusFile:
 
 
 def read_status(files: Files) -> dict[str, Any] | None:
-    """Return the last status the agent wrote since boot, with `is_running`; None if there is none."""
+    """Return the last status since boot, with `is_running` added; None if there is none."""
     text = files.read(paths.STATUS)
     if text is None:
         return None

@@ -70,7 +70,7 @@ class DockerDaemon:
 
     def swarm_is_bare(self) -> bool:
         with self._call("list what is in the Swarm of") as client:
-            api = client.api
+            api: Any = client.api
             return not (api.services() or api.secrets() or api.configs()) and len(api.nodes()) == 1
 
     def swarm_init(self, address: str, labels: Mapping[str, str]) -> None:
@@ -108,7 +108,8 @@ class DockerDaemon:
     def has_image(self, image: str) -> bool:
         try:
             with self._call("look for an image in") as client:
-                client.api.inspect_image(image)
+                api: Any = client.api
+                api.inspect_image(image)
         except HostError as error:
             if isinstance(error.__cause__, docker.errors.ImageNotFound):
                 return False
@@ -179,7 +180,7 @@ class DockerDaemon:
                 docker.errors.DockerException, requests.RequestException, OSError
             ):
                 client = docker.APIClient(base_url=f"unix://{self._socket}", timeout=TIMEOUT_S)
-                client.timeout = None  # an event may be hours away
+                client.timeout = None  # type: ignore[assignment]  # an event may be hours away
                 for _ in client.events(filters={"type": ["daemon", "node"]}):
                     wake()
                 wake()

@@ -51,9 +51,8 @@ class LocalFiles:
     def unpack_program(self, archive: Path, path: Path) -> None:
         with _errors("unpack", archive), replacing(path) as (temporary, _):
             if zipfile.is_zipfile(archive):
-                with zipfile.ZipFile(archive) as packed, packed.open(path.name) as source:
-                    with temporary.open("wb") as file:
-                        shutil.copyfileobj(source, file)
+                with zipfile.ZipFile(archive) as packed, temporary.open("wb") as file:
+                    shutil.copyfileobj(packed.open(path.name), file)
             else:
                 shutil.copyfile(archive, temporary)
             temporary.chmod(0o755)

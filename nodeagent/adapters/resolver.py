@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import dns.exception
 import dns.rdatatype
 import dns.resolver
@@ -33,7 +35,7 @@ class DnsResolver:
     def _targets(self, resolver: dns.resolver.Resolver, name: str) -> tuple[str, ...]:
         return tuple(str(record.target) for record in self._records(resolver, name, "SRV"))
 
-    def _records(self, resolver: dns.resolver.Resolver, name: str, kind: str) -> list[object]:
+    def _records(self, resolver: dns.resolver.Resolver, name: str, kind: str) -> list[Any]:
         try:
             return list(resolver.resolve(name, kind, tcp=True, lifetime=LIFETIME_S))
         except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):

@@ -25,15 +25,7 @@ class SystemdManager:
     def unit(self, name: str) -> Unit:
         shown = _run("systemctl", "show", "--property", ",".join(PROPERTIES), "--", name)
         values = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
-        return Unit(
-            *(values.get(key, "") for key in PROPERTIES[:1]),
-            **{
-                "active": values.get("ActiveState", ""),
-                "invocation": values.get("InvocationID", ""),
-                "enabled": values.get("UnitFileState", ""),
-                "result": values.get("Result", ""),
-            },
-        )
+        return Unit(*(values.get(key, "") for key in PROPERTIES))
 
     def start(self, name: str) -> None:
         _run("systemctl", "start", "--", name, timeout_s=START_TIMEOUT_S)

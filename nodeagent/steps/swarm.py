@@ -236,7 +236,8 @@ def _is_ours(spec: Spec, seen: Seen) -> bool:
 
 def _other_swarm(swarm: SwarmInfo, ours: str) -> Plan:
     return block(
-        f"this Engine is in another Swarm ({swarm.cluster_id or 'id unknown'}); this cluster {ours}",
+        f"this Engine is in another Swarm ({swarm.cluster_id or 'id unknown'}); "
+        f"this cluster {ours}",
         fix="if nobody needs that one: docker swarm leave --force",
     )
 

@@ -192,7 +192,7 @@ class Machine:
             "--resolv-conf=off",
             "--timezone=off",
             "--link-journal=no",
-            "--console=pipe",
+            "--console=read-only",
         ]
         words += [f"--bind={self.volumes / path}:/{path}" for path in _VOLUMES]
         if Path("/dev/net/tun").exists():
