@@ -253,8 +253,8 @@ class ConsulAgent(Protocol):
     def create_session(self, name: str, ttl_s: int) -> str: ...
     def renew_session(self, session: str) -> bool: ...
     def destroy_session(self, session: str) -> None: ...
-    def healthy(self, service: str) -> tuple[str, ...]:
-        """Addresses (`ip:port`) of instances of a service whose checks all pass."""
+    def instances(self, service: str) -> Mapping[str, bool]:
+        """Each instance's `ip:port`, and whether all its checks and its node's pass."""
 
     def services(self) -> Mapping[str, Service]:
         """Services that this program registered on this node, by id."""

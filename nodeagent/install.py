@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 # Here from the first change to the last: a run that was killed in between is made up for by the
 # next one. A reboot takes it away, and loads the new units and the new program anyway.
 PENDING = paths.RUN / "install-pending"
+ENABLED = paths.UNITS / "multi-user.target.wants" / paths.AGENT_UNIT
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,11 @@ def install(
     if spec_source is not None:
         spec.load(spec_source, Spec)
         wanted = host.files.read(spec_source)
-    changes = plan(host, wanted, start=start, program=program or running_program())
+    program = program or running_program()
+    if program.is_self_contained:
+        # The agent cannot write to /opt, and would compile all it imports at every start.
+        compileall.compile_dir(program.source, quiet=2)
+    changes = plan(host, wanted, start=start, program=program)
     for change in changes:
         log.info("%s", change)
         change.apply(host)
@@ -112,18 +117,17 @@ def plan(
         elif not host.files.exists(paths.SPEC.parent):
             changes.append(MakePrivateDirectory(paths.SPEC.parent))
         changes.append(WriteFile(paths.SPEC, wanted_spec, 0o600))
-    has_new_files = bool(changes) or host.files.exists(PENDING)
-    if not host.systemd.is_running():
-        return (*changes, EnableUnit(paths.AGENT_UNIT)) if changes else ()
-    agent = host.systemd.unit(paths.AGENT_UNIT)
-    if agent.enabled != "enabled":
+    is_new = bool(changes) or host.files.exists(PENDING)
+    if not host.files.exists(ENABLED):
         changes.append(EnableUnit(paths.AGENT_UNIT))
-    if has_new_files:
+    if not host.systemd.is_running():
+        return tuple(changes)
+    if is_new:
         changes = [WriteFile(PENDING, "", 0o600), *changes, ReloadUnits()]
     has_spec = wanted_spec is not None or old_spec is not None
-    if start and has_spec and (has_new_files or not agent.is_active):
+    if start and has_spec and (is_new or not host.systemd.unit(paths.AGENT_UNIT).is_active):
         changes.append(StartAgent())
-    return (*changes, RemoveFile(PENDING)) if has_new_files else tuple(changes)
+    return (*changes, RemoveFile(PENDING)) if is_new else tuple(changes)
 
 
 @dataclass(frozen=True)
@@ -135,11 +139,10 @@ class CopyProgram:
         return f"copy the program to {self.target}"
 
     def apply(self, host: Host) -> None:  # noqa: ARG002 - it copies what runs right now
-        whole, part = self.target.parent, self.target.parent.with_suffix(".part")
+        whole = self.target.parent
+        part = whole.with_name(f".{whole.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(self.source, part / self.target.name)
-        # Compiled here, because the agent cannot write to /opt.
-        compileall.compile_dir(part, quiet=2)
         part.replace(whole)
 
 

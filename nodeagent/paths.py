@@ -22,7 +22,6 @@ CONSUL = STATE / "consul"
 CONSUL_CONFIG = CONSUL / "config" / "consul.json"
 CONSUL_DATA = CONSUL / "data"
 CONSUL_BINARY = CONSUL / "bin" / "consul"
-LAST_MANAGERS = STATE / "last-managers.json"
 
 RUN = Path("/run/nodeagent")
 STATUS = RUN / "status.json"

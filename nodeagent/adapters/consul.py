@@ -115,13 +115,15 @@ class LocalConsul:
         with self._call("close a session in") as client:
             client.session.destroy(session)
 
-    def healthy(self, service: str) -> tuple[str, ...]:
+    def instances(self, service: str) -> Mapping[str, bool]:
         with self._call(f"look for {service} in") as client:
-            _, found = client.health.service(service, passing=True)
-        return tuple(
-            f"{each['Service']['Address'] or each['Node']['Address']}:{each['Service']['Port']}"
+            _, found = client.health.service(service)
+        return {
+            f"{each['Service']['Address'] or each['Node']['Address']}:{each['Service']['Port']}": all(
+                check["Status"] == "passing" for check in each["Checks"]
+            )
             for each in found
-        )
+        }
 
     def services(self) -> Mapping[str, Service]:
         with self._call("list this node's services in") as client:

@@ -25,7 +25,6 @@ from nodeagent.changes import (
     ReleaseLock,
     TakeLock,
     UpdateRecord,
-    WriteFile,
 )
 from nodeagent.errors import Secret
 from nodeagent.host import Entry, Host, SwarmInfo
@@ -82,8 +81,7 @@ class Seen:
     address: str
     swarm: SwarmInfo | None  # None: the Engine does not answer
     entries: Mapping[str, Entry]
-    managers: tuple[str, ...]  # alive now, by Consul, as ip:port
-    last_managers: str | None
+    managers: Mapping[str, bool]  # ip:port of those in Consul's catalogue, and whether healthy
     is_bare: bool = False  # this Engine's Swarm has nobody and nothing but itself
 
 
@@ -91,18 +89,14 @@ def observe(spec: Spec, host: Host) -> Seen:
     info = host.engine.info()
     swarm = info.swarm if info else None
     alone = swarm is not None and swarm.state == "active" and swarm.nodes == 1
-    keys = Keys.of(spec)
     entries = host.consul.get(f"{spec.key_prefix}swarm/")
-    state = entries.get(keys.state)
-    settled = state is not None and swarm is not None and swarm.cluster_id in state.value
     return Seen(
         node=host.network.hostname(),
         address=cluster_address(spec.address, host.network.interfaces()),
         swarm=swarm,
         entries=entries,
-        managers=host.consul.healthy(MANAGER_SERVICE),
-        last_managers=host.files.read(paths.LAST_MANAGERS),
-        is_bare=alone and not settled and host.engine.swarm_is_bare(),
+        managers=host.consul.instances(MANAGER_SERVICE),
+        is_bare=alone and host.engine.swarm_is_bare(),
     )
 
 
@@ -183,9 +177,6 @@ def _member(spec: Spec, seen: Seen, swarm: SwarmInfo, record: Record, keys: Keys
         return change(ReleaseLock(keys.join_lock, lock))
     if record.node == seen.node and record.entry.session:
         return change(ReleaseLock(keys.state, record.entry.session))
-    known = json.dumps(sorted(seen.managers)) + "\n"
-    if seen.managers and seen.last_managers != known:
-        return change(WriteFile(paths.LAST_MANAGERS, known, 0o600))
     return done(f"{'manager' if swarm.is_manager else 'worker'} in Swarm {record.swarm_id}")
 
 
@@ -195,7 +186,7 @@ def _join(spec: Spec, seen: Seen, keys: Keys) -> Plan:
         return wait("the cluster's join token in Consul")
     managers = _candidates(seen)
     if not managers:
-        return wait("a Swarm manager: Consul knows of none that is healthy")
+        return wait("a Swarm manager to be registered in Consul")
     if not spec.is_server:
         return change(JoinSwarm(seen.address, managers, "worker", Secret(token.value)))
     # Managers join one at a time: each join changes the size of the managers' quorum.
@@ -210,13 +201,9 @@ def _join(spec: Spec, seen: Seen, keys: Keys) -> Plan:
 
 
 def _candidates(seen: Seen) -> tuple[str, ...]:
-    """Managers to join through: those alive now, or else the last ones this node knew."""
-    try:
-        last = json.loads(seen.last_managers or "[]")
-    except ValueError:
-        last = []
-    own = f"{seen.address}:{MANAGER_PORT}"
-    return tuple(manager for manager in seen.managers or tuple(last) if manager != own)
+    """Managers to join through: those whose checks pass, or else all that are catalogued."""
+    others = [each for each in sorted(seen.managers) if each != f"{seen.address}:{MANAGER_PORT}"]
+    return tuple(each for each in others if seen.managers[each]) or tuple(others)
 
 
 def _own_lock(seen: Seen, key: str) -> str:

@@ -40,6 +40,7 @@ MASKED: Mapping[str, str] = {
     "fstrim.timer": "the disk is the box's",
     "systemd-tmpfiles-clean.timer": "machines do not live that long",
     "ssh.service": "tests enter through the namespaces",
+    "sshd.service": "another name of ssh.service",
     "ssh.socket": "tests enter through the namespaces",
     "sshd-keygen.service": "cloud-init makes host keys as on a real machine",
     "console-getty.service": "nobody sits at the console; its log stays readable",

@@ -13,6 +13,7 @@ a network namespace with no way out.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -285,9 +286,9 @@ class Machine:
         host.remove_cgroups(group)
         # The kernel removes the port some time after the last process of the machine's namespace.
         wait_until(lambda: not self.lab.has_port(self.port), 10, f"{self.port} to go away")
-        for leftover in (Path("/run/systemd/nspawn/propagate", self.name),):
-            if leftover.is_dir() and not os.path.ismount(leftover):
-                run("rmdir", leftover, check=False, timeout_s=10)
+        with contextlib.suppress(OSError):
+            # nspawn does not remove it where /run is on disk.
+            Path("/run/systemd/nspawn/propagate", self.name).rmdir()
         self._process_file.unlink(missing_ok=True)
 
     def destroy(self) -> None:
@@ -416,7 +417,9 @@ class Machine:
             text = self.console_log.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             text = "(nothing)"
-        return f"\n{self.console_log} ends:\n" + "\n".join(text.splitlines()[-20:])
+        plain = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x1b\x07]*(\x1b\\|\x07)|.)", "", text)
+        lines = [line.rstrip() for line in plain.splitlines() if line.strip()]
+        return f"\n{self.console_log} ends:\n" + "\n".join(lines[-20:])
 
     def _mount(self) -> None:
         if os.path.ismount(self.root):
@@ -636,6 +639,13 @@ class Lab:
         if process:
             process.kill()
         self._service_file(name).unlink(missing_ok=True)
+
+    def serve(self, path: Path, name: str = "") -> str:
+        """Serve a file of the box to the machines; returns its URL."""
+        link = self.http_root / (name or path.name)
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.resolve(strict=True))
+        return f"{self.url}/{link.name}"
 
     def _start_http(self) -> None:
         serve = ["-m", "http.server", str(HTTP_PORT), "--bind", GATEWAY]
