@@ -182,7 +182,8 @@ def _need_root(verb: str) -> None:
 def _log_to(stream: TextIO, verbose: bool) -> None:
     """Log with the priorities of sd-daemon(3) under systemd, and plainly elsewhere."""
     handler = logging.StreamHandler(stream)
-    if "JOURNAL_STREAM" in os.environ:
+    at = os.fstat(stream.fileno())
+    if os.environ.get("JOURNAL_STREAM") == f"{at.st_dev}:{at.st_ino}":
         handler.setFormatter(_JournalFormatter())
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)

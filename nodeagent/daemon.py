@@ -54,14 +54,13 @@ class Loop:
         """
         spec = spec_module.load(self.spec_path, Spec)
         self.status.about = {"cluster": spec.cluster, "role": spec.role, "security": spec.security}
+        self.host.systemd.notify(READY="1")
         clock = self.host.clock
         end = None if deadline_s is None else clock.monotonic() + deadline_s
         sentence, since = "", clock.monotonic()
         while True:
             cycle = self._cycle()
             self.changes_made += cycle.made_changes
-            if not sentence:
-                self.host.systemd.notify(READY="1")
             if cycle.sentence != sentence or cycle.made_changes:
                 since = clock.monotonic()
             if cycle.sentence != sentence:

@@ -80,8 +80,8 @@ class ContainerState:
 
     definition: str
     status: str  # created | running | restarting | exited | dead | …
-    exit_code: int
-    last_lines: tuple[str, ...] = ()  # of its log, when it is not running
+    restarts: int = 0  # by the Engine, because it ended by itself
+    last_lines: tuple[str, ...] = ()  # of its log, when it is not running or has been restarted
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import ipaddress
 import re
-import sys
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,11 @@ from nodeagent.errors import Problem, SpecError
 Role = Literal["server", "worker"]
 T = TypeVar("T")
 
+_SCALARS = ("bool", "float", "int", "null")
+
+# What a provider takes as user-data, of which the spec is a part. A real one has a few hundred.
+LIMIT_BYTES = 64 * 1024
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -32,6 +36,8 @@ class Kind:
 
 def _string(pattern: str, expected: str) -> Kind:
     def read(value: Any) -> str:
+        if isinstance(value, (bool, int, float)):
+            raise ValueError("put it in quotes")
         if not isinstance(value, str) or not re.fullmatch(pattern, value):
             raise ValueError
         return value
@@ -41,6 +47,8 @@ def _string(pattern: str, expected: str) -> Kind:
 
 def _integer(low: int, high: int) -> Kind:
     def read(value: Any) -> int:
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,4}", value):
+            raise ValueError("leave out the quotes")
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ValueError
         return value
@@ -70,9 +78,16 @@ def _off() -> Kind:
 
 def _list_of(item: Kind, expected: str) -> Kind:
     def read(value: Any) -> tuple[Any, ...]:
+        if isinstance(value, str):
+            raise ValueError(f"for a single one: [{_shown(value)}]")
         if not isinstance(value, list):
             raise ValueError
-        return tuple(item.read(entry) for entry in value)
+        for entry in value:
+            try:
+                item.read(entry)
+            except ValueError as error:
+                raise ValueError(f"{_shown(entry)} is not {item.expected}") from error
+        return tuple(value)
 
     return Kind(read, expected, {"type": "array", "items": dict(item.schema)})
 
@@ -81,11 +96,14 @@ def _address() -> Kind:
     def read(value: Any) -> str:
         if not isinstance(value, str) or not value:
             raise ValueError
-        if re.fullmatch(r"[0-9.]+(/[0-9]*)?", value):
-            network = ipaddress.IPv4Network(value, strict=False)
-            if network.is_loopback or network.prefixlen == 0:
+        if re.fullmatch(r"[0-9./]+", value):
+            try:
+                network = ipaddress.IPv4Network(value, strict=False)
+            except ValueError:
+                raise ValueError("no such IPv4 address or network exists") from None
+            if network.prefixlen == 0 or not _is_reachable(network):
                 raise ValueError("other machines cannot reach that")
-        elif not re.fullmatch(r"[a-zA-Z][\w.@-]{0,14}", value):
+        elif not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.@-]{0,14}", value):
             raise ValueError
         return value
 
@@ -93,18 +111,28 @@ def _address() -> Kind:
     return Kind(read, expected, {"type": "string", "minLength": 1})
 
 
-_HOST = r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,62}))*\.?"
-NAME = _string(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?", "lower-case letters, digits and dashes")
+def _is_reachable(network: ipaddress.IPv4Network) -> bool:
+    return not (network.is_loopback or network.is_multicast or network.is_unspecified)
+
+
+_IPV4 = r"((25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])(\.(?!$)|$)){4}"
+_LABEL = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,62}"
+_HOST = rf"(?![0-9.]+$)(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*\.?"
+NAME = _string(
+    r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?", "up to 40 lower-case letters, digits and inner dashes"
+)
 DOMAIN = _string(r"[a-z0-9-]+(\.[a-z0-9-]+)*", "a DNS domain in lower case, such as consul")
 JOIN = _list_of(
-    _string(rf"provider=.+|{_HOST}", "an address, a DNS name or provider=…"),
+    _string(rf"provider=.+|{_IPV4}|{_HOST}", "an address, a DNS name or provider=…"),
     "a list of addresses, DNS names, or Consul cloud auto-join strings (provider=…)",
 )
-IMAGE = _string(r"[a-z0-9][\w./:@-]*", "an image reference such as hashicorp/consul:1.21")
+IMAGE = _string(r"[a-z0-9][A-Za-z0-9_./:@-]*", "an image reference such as hashicorp/consul:1.21")
 LOCATION = _string(r"(https?://\S+|/\S+)", "an absolute path, or an http(s) URL")
 SHA256 = _string(r"[0-9a-f]{64}", "64 hexadecimal digits, as sha256sum prints them")
 SIZE = _string(r"[1-9][0-9]*[kmg]", "a size such as 10m")
-REQUIREMENT = _string(r"[A-Za-z0-9][\w.\[\]=<>!~, +-]*", "a pip requirement such as nodeagent==1.0")
+REQUIREMENT = _string(
+    r"[A-Za-z0-9][A-Za-z0-9_.\[\]=<>!~, +-]*", "a pip requirement such as nodeagent==1.0"
+)
 
 
 def _key(kind: Kind, doc: str, default: Any = dataclasses.MISSING) -> Any:
@@ -186,7 +214,7 @@ class Cluster:
     servers: int = _key(_integer(1, 9), "how many servers the cluster has")
     address: str = _key(
         _address(),
-        "this node's cluster address: an IPv4 address, the network it is in, or its interface",
+        "where this node is in the cluster's network",
     )
     join: tuple[str, ...] = _key(
         JOIN,
@@ -196,7 +224,7 @@ class Cluster:
     domain: str = _key(DOMAIN, "Consul's DNS domain", "consul")
     datacenter: str = _key(NAME, "Consul's datacenter", "dc1")
     security: Literal["off"] = _key(
-        _off(), "must say off: this version neither encrypts nor authenticates inside the cluster"
+        _off(), "this version neither encrypts nor authenticates inside the cluster"
     )
     consul: Consul = _section(Consul, "Consul")
     swarm: Swarm = _section(Swarm, "Swarm")
@@ -230,35 +258,80 @@ def load(path: Path, as_: type[T]) -> T:
 
     Raises SpecError with every problem found, each with its line.
     """
+
+    def refuse(message: str, hint: str = "") -> SpecError:
+        return SpecError((Problem(str(path), None, "", message, hint),))
+
     try:
-        text = path.read_text("utf-8")
+        with path.open("rb") as file:
+            data = file.read(LIMIT_BYTES + 1)
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
-        hint = "write one: `nodeagent user-data --help` shows the keys"
-        raise SpecError((Problem(str(path), None, "", "there is no such file", hint),)) from None
+        raise refuse(
+            "there is no such file", "write one; nodeagent schema lists the keys"
+        ) from None
     except IsADirectoryError:
-        raise SpecError((Problem(str(path), None, "", "is a directory, not a file"),)) from None
+        raise refuse("is a directory, not a file") from None
     except PermissionError:
-        raise SpecError((Problem(str(path), None, "", "cannot be read", "use sudo"),)) from None
+        raise refuse("cannot be read", "use sudo") from None
+    except OSError as error:
+        raise refuse(f"cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        message = f"is not UTF-8 text (byte {error.start})"
-        raise SpecError((Problem(str(path), None, "", message),)) from None
+        raise refuse(f"is not UTF-8 text (byte {error.start})") from None
+    if len(data) > LIMIT_BYTES:
+        raise refuse(f"is larger than {LIMIT_BYTES} bytes; a spec has a few hundred")
     return parse(text, str(path), as_)
 
 
 def parse(text: str, file: str, as_: type[T]) -> T:
     """Read a `Spec` or `Cluster` from YAML text; `file` is the name to complain about."""
     reader = _Reader(file)
+    try:
+        result = _parse(reader, text, as_)
+    except RecursionError:
+        reader.problems.clear()
+        reader.complain("", None, "is nested too deeply; a spec has three levels")
+    if reader.problems:
+        raise SpecError(tuple(reader.problems))
+    return typing.cast(T, result)
+
+
+def _parse(reader: _Reader, text: str, as_: type) -> Any:
     tree = reader.compose(text)
     if isinstance(tree, yaml.MappingNode):
         result = reader.mapping(as_, tree, "")
-        if result is not None and not reader.problems:
+        if not reader.problems:
             _cross_check(result, reader)
-            if not reader.problems:
-                return typing.cast(T, result)
-    elif not reader.problems:
+        return result
+    if not reader.problems:
         found = "is empty" if tree is None else f"holds {_shown(reader.value(tree))}"
         reader.complain("", None, f"{found}; a mapping of keys to values is needed")
-    raise SpecError(tuple(reader.problems))
+    return None
+
+
+class _NotPlainError(yaml.MarkedYAMLError):
+    """It is YAML, of a kind that a spec has no use for."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without what a spec has no use for: anchors, tags, dates and merged mappings."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        for what in ("anchor", "tag"):
+            name = getattr(event, what, None)
+            if name is not None:
+                raise _NotPlainError(
+                    problem=f"the {what} {name} has no place in a spec",
+                    problem_mark=event.start_mark,
+                )
+        return super().compose_node(parent, index)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] in _SCALARS]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 class _Reader:
@@ -274,21 +347,31 @@ class _Reader:
 
     def compose(self, text: str) -> yaml.Node | None:
         try:
-            return typing.cast("yaml.Node | None", yaml.compose(text, yaml.SafeLoader))
+            tree: yaml.Node | None = yaml.compose(text, _Loader)
+            return tree
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            line = mark.line + 1 if mark else None
-            self.complain("", line, f"is not YAML: {error.problem or error.context}")
-        except yaml.YAMLError as error:
-            self.complain("", None, f"is not YAML: {' '.join(str(error).split())}")
+            words = ", ".join(filter(None, (error.context, error.problem)))
+            hint = "indent with spaces, not tabs" if "'\\t'" in words else ""
+            if not isinstance(error, _NotPlainError):
+                words = f"is not YAML: {words}"
+            self.complain("", mark.line + 1 if mark else None, words, hint)
+        except yaml.reader.ReaderError as error:
+            line = text[: error.position].count("\n") + 1
+            found = _shown(chr(error.character))
+            self.complain("", line, f"is not YAML: {found} is a character it does not allow")
         return None
 
     def value(self, node: yaml.Node) -> Any:
-        loader = yaml.SafeLoader("")
+        """Return what a node means: a scalar, or a list or dict of such values."""
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(item) for item in node.value]
+        if isinstance(node, yaml.MappingNode):
+            return {_name(self.value(key)): self.value(item) for key, item in node.value}
         try:
-            return loader.construct_document(node)
-        finally:
-            loader.dispose()
+            return yaml.constructor.SafeConstructor().construct_document(node)
+        except ValueError:  # a number that is too long for Python
+            return node.value
 
     def mapping(self, cls: type, node: yaml.MappingNode, path: str) -> Any:
         fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -296,7 +379,7 @@ class _Reader:
         found: dict[str, Any] = {}
         wrong = False
         for key_node, value_node in node.value:
-            key, line = str(self.value(key_node)), key_node.start_mark.line + 1
+            key, line = _name(self.value(key_node)), key_node.start_mark.line + 1
             at = f"{path}.{key}" if path else key
             self.lines.setdefault(at, line)
             if key not in fields:
@@ -319,7 +402,7 @@ class _Reader:
                 self.complain(
                     f"{path}.{name}" if path else name,
                     None,
-                    f"missing; allowed: {kind.expected}",
+                    f"is missing; allowed: {kind.expected}",
                     field.metadata["doc"],
                 )
         if wrong or any(value is dataclasses.MISSING for value in found.values()):
@@ -330,14 +413,16 @@ class _Reader:
         self, field: dataclasses.Field[Any], hint: Any, node: yaml.Node, at: str, line: int
     ) -> Any:
         section = field.metadata.get("section")
+        if section is not None and isinstance(node, yaml.MappingNode):
+            result = self.mapping(section, node, at)
+            return dataclasses.MISSING if result is None else result
+        value = self.value(node)
         if section is not None:
-            if isinstance(node, yaml.MappingNode):
-                result = self.mapping(section, node, at)
-                return dataclasses.MISSING if result is None else result
-            self.complain(at, line, f"found {_shown(self.value(node))}; allowed: a mapping")
+            if value is None:  # `consul:` with everything below it commented out
+                return _default(field)
+            self.complain(at, line, f"found {_shown(value)}; allowed: a mapping of keys to values")
             return dataclasses.MISSING
         kind: Kind = field.metadata["kind"]
-        value = self.value(node)
         if value is None and type(None) in typing.get_args(hint):
             return None
         try:
@@ -374,19 +459,22 @@ def _cross_check(spec: Any, reader: _Reader) -> None:
         complain("agent.index", "needs agent.package beside it", "name what to install from it")
 
 
+def _name(key: Any) -> str:
+    """A key as the operator would recognise it, on one line."""
+    return key if isinstance(key, str) and re.fullmatch(r"[\w.-]{1,60}", key) else _shown(key)
+
+
 def _shown(value: Any) -> str:
-    """A found value as the operator would recognise it, at most 60 characters."""
-    text = repr(value) if isinstance(value, str) else str(value)
-    text = (
-        {None: "nothing", True: "true", False: "false"}.get(value, text)
-        if _plain(value)
-        else (f"a list: {text}" if isinstance(value, list) else f"a mapping: {text}")
+    """A found value as the operator would recognise it: one line of at most 60 characters."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    kind = (
+        "a list: " if isinstance(value, list) else "a mapping: " if isinstance(value, dict) else ""
     )
+    text = kind + (ascii(value) if not str(value).isprintable() else repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _plain(value: Any) -> bool:
-    return not isinstance(value, (list, dict, set))
 
 
 def dump(spec: Cluster) -> dict[str, Any]:
@@ -421,6 +509,10 @@ def json_schema() -> dict[str, Any]:
             section = field.metadata.get("section")
             entry = of(section) if section else dict(field.metadata["kind"].schema)
             default = _default(field)
+            if section:
+                entry["type"] = ["object", "null"]
+            elif default is None:
+                entry = {"anyOf": [entry, {"type": "null"}]}
             if default is dataclasses.MISSING:
                 required.append(field.name)
             elif not section and default is not None:
@@ -434,7 +526,3 @@ def json_schema() -> dict[str, Any]:
         "title": "nodeagent node.yaml",
         **of(Spec),
     }
-
-
-if sys.version_info < (3, 10):  # pragma: no cover
-    raise SystemExit("nodeagent needs Python 3.10 or newer")

@@ -20,6 +20,7 @@ from nodeagent.host import Container, ContainerState, EngineInfo, SwarmInfo
 TIMEOUT_S = 10
 JOIN_TIMEOUT_S = 30  # the Engine itself gives up on a manager after 20 s (moby daemon/cluster)
 IMAGE_TIMEOUT_S = 50  # per read; an image load or pull that stands still for longer has failed
+LOG_LINES = 20
 DEFINITION = "nodeagent.definition"
 
 
@@ -133,10 +134,10 @@ class DockerDaemon:
         try:
             with self._call("inspect a container of") as client:
                 found = client.api.inspect_container(name)
-                status = str(found["State"]["Status"])
+                status, restarts = str(found["State"]["Status"]), int(found["RestartCount"])
                 lines: tuple[str, ...] = ()
-                if status != "running":
-                    text = client.api.logs(name, tail=5).decode("utf-8", "replace")
+                if status != "running" or restarts:
+                    text = client.api.logs(name, tail=LOG_LINES).decode("utf-8", "replace")
                     lines = tuple(line.strip() for line in text.splitlines() if line.strip())
         except HostError as error:
             if isinstance(error.__cause__, docker.errors.NotFound):
@@ -145,7 +146,7 @@ class DockerDaemon:
         return ContainerState(
             definition=str((found["Config"].get("Labels") or {}).get(DEFINITION, "")),
             status=status,
-            exit_code=int(found["State"]["ExitCode"]),
+            restarts=restarts,
             last_lines=lines,
         )
 

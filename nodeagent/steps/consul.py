@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import ipaddress
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,14 +110,20 @@ def _container(spec: Spec, seen: Seen, wanted: str) -> Plan:
     if changes:
         return change(*changes)
     assert seen.container is not None
+    if seen.agent is None and seen.container.restarts:
+        return block(
+            f"Consul does not start: {_reason(seen.container.last_lines)}",
+            fix=f"docker -H unix://{paths.SYSTEM_ENGINE_SOCKET} logs {CONTAINER}",
+        )
     if not is_running:
-        if seen.container.exit_code and seen.container.last_lines:
-            return block(
-                f"Consul does not start: {seen.container.last_lines[-1]}",
-                fix=f"docker -H unix://{paths.SYSTEM_ENGINE_SOCKET} logs {CONTAINER}",
-            )
         return change(StartContainer(CONTAINER))
     return _answers(spec, seen)
+
+
+def _reason(lines: tuple[str, ...]) -> str:
+    """The line of Consul's log that says why it ended; Consul marks causes with an asterisk."""
+    marked = [line for line in lines if re.match(r"\*|==> (Error|error|failed)|panic", line)]
+    return (marked or list(lines) or ["its log is empty"])[-1]
 
 
 def _binary(spec: Spec, seen: Seen, wanted: str) -> Plan:
@@ -226,7 +233,7 @@ def render(spec: Spec, address: str, hostname: str) -> str:
         "skip_leave_on_interrupt": True,
         # Production timing: https://developer.hashicorp.com/consul/docs/install/performance
         "performance": {"raft_multiplier": 1},
-        "enable_additional_node_meta_txt": False,
+        "dns_config": {"enable_additional_node_meta_txt": False},
         "disable_update_check": True,
     }
     if spec.is_server:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -150,7 +151,7 @@ def rootfs(flavour: Flavour) -> Path:
         sorted(MASKED),
         _CGROUP_UNIT,
         _CLOUD_CFG,
-        4,  # count up when customise() itself changes
+        inspect.getsource(customise),
     ]
 
     def build(part: Path) -> None:

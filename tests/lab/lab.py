@@ -23,6 +23,7 @@ import secrets
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -330,6 +331,7 @@ class Machine:
         """
         words = ["/usr/bin/env", "-i", *(f"{key}={value}" for key, value in _ENVIRONMENT.items())]
         words += ["/usr/bin/timeout", "--kill-after=2", str(timeout_s), *argv]
+        began = time.monotonic()
         done = run(
             *self._enter(*words),
             # The command is ended from inside: to end nsenter would leave it running.
@@ -337,13 +339,12 @@ class Machine:
             check=False,
             input=input,
         )
-        where = f"{self.name}: {shlex.join(argv)[:500]}"
-        # timeout(1): 124, or 137 where it had to kill.
-        if done.returncode in (124, 137) and check:
-            where += f" (124 and 137 also mean: not done within {timeout_s:g} s)"
-        if check and done.returncode != 0:
+        # timeout(1): 124, or 137 where it had to kill; a command may say the same by itself.
+        late = done.returncode in (124, 137) and time.monotonic() - began >= timeout_s
+        if late or (check and done.returncode != 0):
+            why = f"no end within {timeout_s:g} s" if late else f"exit {done.returncode}"
             said = "\n".join(filter(None, (done.stdout.strip(), done.stderr.strip())))[-3000:]
-            raise LabError(f"{where}: exit {done.returncode}\n{said}")
+            raise LabError(f"{self.name}: {shlex.join(argv)[:500]}: {why}\n{said}")
         done.args = list(argv)
         return done
 
@@ -470,7 +471,7 @@ class Lab:
         self.netns_path = Path("/run/netns") / self.slug
         self.machines_dir = self.state_dir / "machines"
         self.logs_dir = self.state_dir / "logs"
-        #: Files in here are served at `url`.
+        #: Files in here are served at `url`; emptied by `up` and `down`.
         self.http_root = self.state_dir / "http"
         self.url = f"http://{GATEWAY}:{HTTP_PORT}"
         self._lock: int | None = None
@@ -568,6 +569,7 @@ class Lab:
         # Directories of machines that were being made when their process was killed.
         host.unmount_below(self.machines_dir)
         host.remove_tree(self.machines_dir)
+        host.remove_tree(self.http_root)
         for name in ("http", "dns"):
             self._stop(name)
         for process in host.cgroup_processes(self.slug):

@@ -363,7 +363,7 @@ class FakeSystemEngine:
 
     def run_container(self, container: Container) -> None:
         assert container.image in self.images
-        self.containers[container.name] = ContainerState(container.definition, "running", 0)
+        self.containers[container.name] = ContainerState(container.definition, "running")
         self.runs += 1
 
     def start_container(self, name: str) -> None:

@@ -1,0 +1,135 @@
+"""A cluster of lab machines, made from user-data alone; what the tests and the demo share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nodeagent import spec, userdata
+from tests.lab import images
+from tests.lab.host import Waiting, wait_until
+from tests.lab.lab import Lab, Machine
+
+PROJECT = Path(__file__).parents[2]
+SERVERS = {f"server{number}": f"10.10.0.{10 + number}" for number in (1, 2, 3)}
+WORKERS = {"worker1": "10.10.0.21"}
+CONSUL_IMAGE = "nodeagent-lab/consul:1.8.7"
+BOX_IMAGE = "nodeagent-lab/box:1"
+READY_TIMEOUT_S = 180
+
+
+def release() -> Path:
+    """Build the self-contained file of this tree; a few seconds when only the program changed."""
+    made = subprocess.run(
+        [sys.executable, "tools/build_release.py"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    if made.returncode:
+        raise RuntimeError(f"make dist failed:\n{made.stdout[-2000:]}{made.stderr[-4000:]}")
+    return max((PROJECT / "dist").glob("nodeagent-*.pyz"), key=lambda path: path.stat().st_mtime)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def cluster_file(lab: Lab, **changes: object) -> dict[str, Any]:
+    """The cluster file of the lab's cluster, as data: agent and Consul come over HTTP."""
+    program, consul = release(), images.consul_archive()
+    return {
+        "cluster": "demo",
+        "servers": 3,
+        "address": "10.10.0.0/16",
+        "join": list(SERVERS.values()),
+        "datacenter": "lab",
+        "security": "off",
+        "consul": {
+            "image": CONSUL_IMAGE,
+            "archive": lab.serve(consul, "consul.tar"),
+            "sha256": digest(consul),
+        },
+        "agent": {"url": lab.serve(program, "nodeagent.pyz"), "sha256": digest(program)},
+        **changes,
+    }
+
+
+def user_data(cluster: Mapping[str, Any], role: spec.Role) -> str:
+    return userdata.render(spec.parse(json.dumps(cluster), "cluster.yaml", spec.Cluster), role)
+
+
+def make(
+    lab: Lab, cluster: Mapping[str, Any], machines: Mapping[str, str], layers: Iterable[Path] = ()
+) -> list[Machine]:
+    """Machines that are off, each with the user-data of the role its name begins with."""
+    layers = tuple(layers)
+    return [
+        lab.machine(
+            name,
+            address=address,
+            user_data=user_data(cluster, "server" if name.startswith("server") else "worker"),
+            layers=layers,
+        )
+        for name, address in machines.items()
+    ]
+
+
+def status(machine: Machine) -> dict[str, Any]:
+    """What the agent last wrote about its machine; empty before it has written anything."""
+    if not machine.running:
+        return {}
+    said = machine.run("cat", "/run/nodeagent/status.json", check=False)
+    return dict(json.loads(said.stdout)) if said.returncode == 0 and said.stdout else {}
+
+
+def wait_ready(machines: Iterable[Machine], timeout_s: float = READY_TIMEOUT_S) -> None:
+    """Return when every agent says its node is ready, and is alive to say it."""
+    machines = list(machines)
+
+    def ready() -> bool | Waiting:
+        sentences = {}
+        for machine in machines:
+            said = status(machine)
+            alive = (
+                bool(said)
+                and machine.run("test", "-d", f"/proc/{said['pid']}", check=False).returncode == 0
+            )
+            if not alive or said.get("state") != "ready":
+                sentences[machine.name] = said.get("sentence", "no word from the agent")
+        return Waiting(json.dumps(sentences, indent=1)) if sentences else True
+
+    wait_until(ready, timeout_s, f"{', '.join(m.name for m in machines)} to be ready")
+
+
+def swarm(machine: Machine) -> dict[str, Any]:
+    """The Engine's own view of its Swarm membership."""
+    said = machine.run("docker", "info", "--format", "{{json .Swarm}}").stdout
+    return dict(json.loads(said))
+
+
+def swarm_nodes(manager: Machine) -> dict[str, dict[str, str]]:
+    """`docker node ls` by host name."""
+    said = manager.run("docker", "node", "ls", "--format", "{{json .}}").stdout
+    rows = [json.loads(line) for line in said.splitlines()]
+    assert len({row["Hostname"] for row in rows}) == len(rows), f"a node is listed twice: {rows}"
+    return {row["Hostname"]: row for row in rows}
+
+
+def consul_kv(machine: Machine, key: str) -> str:
+    url = f"http://127.0.0.1:8500/v1/kv/nodeagent/demo/{key}?raw"
+    return machine.run("curl", "-sf", url).stdout
+
+
+def consul_container(machine: Machine) -> dict[str, Any]:
+    said = machine.run(
+        "docker", "-H", "unix:///run/nodeagent-engine/docker.sock", "inspect", "consul"
+    ).stdout
+    return dict(json.loads(said)[0])
