@@ -126,10 +126,10 @@ def _retry_s(waited_s: float) -> float:
 
 
 def watch(host: Host, spec: Spec, stop: threading.Event) -> tuple[threading.Thread, ...]:
-    """Wake the loop on every event of the Engine and of the cluster's record in Consul."""
+    """Wake the loop when the Engine ends and when the cluster's record in Consul changes."""
 
     def on_engine() -> None:
-        host.engine.watch(host.clock.wake, stop)
+        host.systemd.watch(paths.ENGINE_UNIT, host.clock.wake, stop)
 
     def on_consul() -> None:
         host.consul.watch(spec.key_prefix, host.clock.wake, stop)

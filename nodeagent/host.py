@@ -204,6 +204,9 @@ class Systemd(Protocol):
     def disable(self, name: str) -> None: ...
     def reload(self) -> None: ...
     def last_lines(self, name: str, count: int) -> tuple[str, ...]: ...
+    def watch(self, name: str, wake: Callable[[], None], stop: threading.Event) -> None:
+        """Call `wake` whenever the unit's main process has ended, until `stop`; blocks."""
+
     def notify(self, **values: str) -> None:
         """Tell the service manager that started us READY=1, STATUS=…, WATCHDOG=1."""
 
@@ -231,8 +234,6 @@ class DockerEngine(Protocol):
         """Replace any container of that name by a new running one."""
 
     def start_container(self, name: str) -> None: ...
-    def watch(self, wake: Callable[[], None], stop: threading.Event) -> None:
-        """Call `wake` on every event that can matter, until `stop`; blocks."""
 
 
 class ConsulAgent(Protocol):
@@ -264,7 +265,8 @@ class ConsulAgent(Protocol):
     def vouch(self, service_id: str, passing: bool, note: str) -> None:
         """Pass or fail a TTL check; `note` is what Consul's own pages show beside it."""
 
-    def watch(self, prefix: str, wake: Callable[[], None], stop: threading.Event) -> None: ...
+    def watch(self, prefix: str, wake: Callable[[], None], stop: threading.Event) -> None:
+        """Call `wake` whenever a key below `prefix` has changed, until `stop`; blocks."""
 
 
 class Resolver(Protocol):

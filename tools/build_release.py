@@ -92,11 +92,11 @@ def unpack(wheel: Path, site: Path) -> None:
                 archive.extract(name, site)
 
 
-def build_wheel() -> Path:
-    for left in (BUILD / "lib", DIST):  # setuptools would pack modules that are gone by now
-        shutil.rmtree(left, ignore_errors=True)
-    pip("wheel", "--quiet", "--no-deps", f"--wheel-dir={DIST}", str(ROOT))
-    (wheel,) = DIST.glob("*.whl")
+def build_wheel(directory: Path) -> Path:
+    # setuptools would pack modules that are gone by now
+    shutil.rmtree(BUILD / "lib", ignore_errors=True)
+    pip("wheel", "--quiet", "--no-deps", f"--wheel-dir={directory}", str(ROOT))
+    (wheel,) = directory.glob("*.whl")
     return wheel
 
 
@@ -104,20 +104,27 @@ def main() -> None:
     os.environ["SOURCE_DATE_EPOCH"] = EPOCH
     started = time.monotonic()
     site = dependencies()
-    wheel = build_wheel()
-    version = wheel.name.split("-")[1]
-    target = DIST / f"nodeagent-{version}-{MACHINE}.pyz"
     with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
+        made = Path(scratch, "made")
+        wheel = build_wheel(made)
+        pyz = made / f"nodeagent-{wheel.name.split('-')[1]}-{MACHINE}.pyz"
         whole = Path(scratch, "site-packages")
         shutil.copytree(site, whole)
         unpack(wheel, whole)
         shiv = [sys.executable, "-m", "shiv", "--site-packages", str(whole), "--output-file"]
-        shiv += [str(target), "--console-script", "nodeagent", "--python", "/usr/bin/env python3"]
+        shiv += [str(pyz), "--console-script", "nodeagent", "--python", "/usr/bin/env python3"]
         subprocess.run([*shiv, "--compressed", "--reproducible"], check=True, timeout=300)
-    digest = hashlib.sha256(target.read_bytes()).hexdigest()
-    target.with_name(f"{target.name}.sha256").write_text(f"{digest}  {target.name}\n")
-    for path in (wheel, target):
-        print(f"{path.relative_to(ROOT)}  {path.stat().st_size / 1e6:.1f} MB")
+        digest = hashlib.sha256(pyz.read_bytes()).hexdigest()
+        pyz.with_name(f"{pyz.name}.sha256").write_text(f"{digest}  {pyz.name}\n")
+        names = sorted(path.name for path in made.iterdir())
+        DIST.mkdir(exist_ok=True)
+        for name in names:  # each in one move: who reads dist/ meanwhile sees whole files
+            (made / name).replace(DIST / name)
+    for path in DIST.iterdir():
+        if path.name not in names:
+            path.unlink()
+        elif path.suffix != ".sha256":
+            print(f"{path.relative_to(ROOT)}  {path.stat().st_size / 1e6:.1f} MB")
     print(f"sha256 {digest}")
     print(f"made in {time.monotonic() - started:.1f} s")
 

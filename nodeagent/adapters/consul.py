@@ -118,12 +118,12 @@ class LocalConsul:
     def instances(self, service: str) -> Mapping[str, bool]:
         with self._call(f"look for {service} in") as client:
             _, found = client.health.service(service)
-        return {
-            f"{each['Service']['Address'] or each['Node']['Address']}:{each['Service']['Port']}": all(
-                check["Status"] == "passing" for check in each["Checks"]
-            )
-            for each in found
-        }
+        healthy: dict[str, bool] = {}
+        for each in found:
+            service_address = each["Service"]["Address"] or each["Node"]["Address"]
+            passes = all(check["Status"] == "passing" for check in each["Checks"])
+            healthy[f"{service_address}:{each['Service']['Port']}"] = passes
+        return healthy
 
     def services(self) -> Mapping[str, Service]:
         with self._call("list this node's services in") as client:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -173,19 +172,6 @@ class DockerDaemon:
     def start_container(self, name: str) -> None:
         with self._call(f"start container {name} in") as client:
             client.api.start(name)
-
-    def watch(self, wake: Callable[[], None], stop: threading.Event) -> None:
-        """Wake on changes of Swarm nodes and of the daemon itself, its end included."""
-        while not stop.is_set():
-            with contextlib.suppress(
-                docker.errors.DockerException, requests.RequestException, OSError
-            ):
-                client = docker.APIClient(base_url=f"unix://{self._socket}", timeout=TIMEOUT_S)
-                client.timeout = None  # type: ignore[assignment]  # an event may be hours away
-                for _ in client.events(filters={"type": ["daemon", "node"]}):
-                    wake()
-                wake()
-            stop.wait(1)
 
 
 def _swarm(info: Mapping[str, Any]) -> SwarmInfo:
