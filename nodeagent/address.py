@@ -5,11 +5,18 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Sequence
 
+from nodeagent.errors import HostError
 from nodeagent.host import Interface
 
 
-class NoAddress(ValueError):
-    """The spec's `address` names none of this machine's addresses, or more than one."""
+class NoAddress(HostError):
+    """The spec's `address` names none of this machine's addresses, or more than one.
+
+    The identity step blocks on it; where it goes away during a cycle, that step is tried again.
+    """
+
+    def __init__(self, cause: str) -> None:
+        super().__init__("find", "this node's cluster address", cause)
 
 
 def cluster_address(wanted: str, interfaces: Sequence[Interface]) -> str:

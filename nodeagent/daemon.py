@@ -61,9 +61,8 @@ class Loop:
         while True:
             cycle = self._cycle()
             self.changes_made += cycle.made_changes
-            if cycle.sentence != sentence or cycle.made_changes:
-                since = clock.monotonic()
             if cycle.sentence != sentence:
+                since = clock.monotonic()
                 log.info("%s", cycle.sentence)
                 sentence = cycle.sentence
             self.status.settle(cycle)

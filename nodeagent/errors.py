@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +79,9 @@ class HostError(NodeagentError):
     def __init__(self, operation: str, target: str | Path, cause: object, hint: str = "") -> None:
         self.operation = operation
         self.target = str(target)
-        self.cause = " ".join(str(cause).split()) or type(cause).__name__
+        # Without memory addresses: the same failure reads the same each time, and is one log line.
+        words = re.sub(r" at 0x[0-9a-f]+", "", str(cause)).split()
+        self.cause = " ".join(words) or type(cause).__name__
         self.hint = hint
         super().__init__(
             f"could not {operation} {self.target}: {self.cause}" + (f" ({hint})" if hint else "")

@@ -169,7 +169,6 @@ class Files(Protocol):
 
     def remove(self, path: Path) -> None: ...
     def exists(self, path: Path) -> bool: ...
-    def sha256(self, path: Path) -> str | None: ...
     def try_lock(self, path: Path) -> AbstractContextManager[bool]:
         """Hold `path` as this process's lock; False when another process has it."""
 
@@ -198,10 +197,8 @@ class Systemd(Protocol):
     def start_soon(self, name: str) -> None:
         """Ask for a start, anew if it runs, and return at once: jobs may wait for the caller."""
 
-    def stop(self, name: str) -> None: ...
     def restart(self, name: str) -> None: ...
     def enable(self, name: str) -> None: ...
-    def disable(self, name: str) -> None: ...
     def reload(self) -> None: ...
     def last_lines(self, name: str, count: int) -> tuple[str, ...]: ...
     def watch(self, name: str, wake: Callable[[], None], stop: threading.Event) -> None:
@@ -211,8 +208,8 @@ class Systemd(Protocol):
         """Tell the service manager that started us READY=1, STATUS=…, WATCHDOG=1."""
 
 
-class DockerEngine(Protocol):
-    """One Docker daemon: the user's Engine or the System Engine."""
+class SwarmEngine(Protocol):
+    """The user's Engine, which is a member of the Swarm."""
 
     def info(self) -> EngineInfo | None:
         """None when nothing answers on the socket."""
@@ -226,6 +223,14 @@ class DockerEngine(Protocol):
     def swarm_init(self, address: str, labels: Mapping[str, str]) -> None: ...
     def swarm_join(self, address: str, manager: str, token: str) -> None: ...
     def swarm_leave(self) -> None: ...
+
+
+class ContainerEngine(Protocol):
+    """The System Engine, which runs the cluster's own containers."""
+
+    def info(self) -> EngineInfo | None:
+        """None when nothing answers on the socket."""
+
     def has_image(self, image: str) -> bool: ...
     def load_image(self, archive: Path) -> tuple[str, ...]: ...
     def pull_image(self, image: str) -> None: ...
@@ -304,8 +309,8 @@ class Host:
     files: Files
     web: Web
     systemd: Systemd
-    engine: DockerEngine
-    system_engine: DockerEngine
+    engine: SwarmEngine
+    system_engine: ContainerEngine
     consul: ConsulAgent
     resolver: Resolver
     network: Network

@@ -99,9 +99,11 @@ def plan(
     changes: list[Change] = []
     if not host.files.exists(program.target):
         changes.append(CopyProgram(program.source, program.target))
-    if host.files.read(paths.LAUNCHER) != program.launcher:
+    old_launcher = host.files.read(paths.LAUNCHER)
+    if old_launcher != program.launcher:
         changes.append(WriteFile(paths.LAUNCHER, program.launcher, 0o755))
-    if host.files.read(paths.COMMAND) != program.launcher:
+    # Through a link that is right, the old launcher is read, or by now the new one.
+    if host.files.read(paths.COMMAND) not in (old_launcher or program.launcher, program.launcher):
         changes.append(LinkCommand(paths.COMMAND, paths.LAUNCHER))
     for unit in sorted(
         (resources.files("nodeagent") / "data/systemd").iterdir(), key=lambda file: file.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 import textwrap
@@ -12,7 +13,10 @@ from typing import Any, TextIO
 
 from nodeagent import __version__, paths
 from nodeagent.converge import Cycle, Preview, StepResult
+from nodeagent.errors import HostError
 from nodeagent.host import Clock, Files
+
+log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 Listener = Callable[[Mapping[str, Any], float], None]
@@ -42,9 +46,11 @@ class StatusFile:
     _head: dict[str, Any] = field(default_factory=dict)
     _written: str = ""
     _began: float = 0.0
+    _began_at: float = 0.0
 
     def __post_init__(self) -> None:
         self._began = self.clock.monotonic()
+        self._began_at = round(self.clock.now(), 3)
         self._steps = {
             name: {"state": "held", "sentence": "", "fix": "", "began_s": None, "done_s": None}
             for name in self.steps
@@ -82,8 +88,12 @@ class StatusFile:
         self._written = text
         now = round(self.clock.now(), 3)
         head = {"schema_version": SCHEMA_VERSION, "agent_version": __version__}
-        head |= {"node": self.node, "pid": self.pid, "updated": now, "about": self.about}
-        self.files.write(paths.STATUS, json.dumps({**head, **body}) + "\n", 0o644)
+        head |= {"node": self.node, "pid": self.pid, "about": self.about}
+        head |= {"began": self._began_at, "updated": now}
+        try:
+            self.files.write(paths.STATUS, json.dumps({**head, **body}) + "\n", 0o644)
+        except HostError as error:  # it is written for people: the node goes on without it
+            log.warning("%s", error)
         if self.listener is not None:
             self.listener(body, self.clock.monotonic() - self._began)
 

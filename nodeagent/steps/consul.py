@@ -60,7 +60,7 @@ def observe(spec: Spec, host: Host) -> Seen:
         config=host.files.read(paths.CONSUL_CONFIG),
         unit=unit,
         archive_is_here=host.files.exists(archive_path(spec)),
-        journal=host.systemd.last_lines(name, 5) if unit.active == "failed" else (),
+        journal=host.systemd.last_lines(name, 5) if _has_failed(unit) else (),
     )
     if not in_container:
         return dataclasses.replace(
@@ -88,7 +88,9 @@ def diff(spec: Spec, seen: Seen) -> Plan:
 def _container(spec: Spec, seen: Seen, wanted: str) -> Plan:
     definition = container(spec, wanted)
     is_running = seen.container is not None and seen.container.status == "running"
-    if seen.agent and not is_running:
+    # While the System Engine is down (a restart, a crash), our own Consul outlives it.
+    may_be_ours = seen.config is not None and not seen.engine_answers
+    if seen.agent and not is_running and not may_be_ours:
         return _foreign(seen.agent)
     runtime = _unit_runs(paths.SYSTEM_ENGINE_UNIT, seen)
     if runtime:
@@ -162,7 +164,7 @@ def _unit_runs(name: str, seen: Seen) -> Plan | None:
         return block(f"{name} is not installed", fix="nodeagent install")
     if seen.unit.enabled == "disabled":
         return change(EnableUnit(name))
-    if seen.unit.active == "failed":
+    if _has_failed(seen.unit):
         words = f": {seen.journal[-1]}" if seen.journal else ""
         return block(f"{name} fails{words}", fix=f"journalctl -u {name}")
     if seen.unit.active == "inactive":
@@ -170,6 +172,13 @@ def _unit_runs(name: str, seen: Seen) -> Plan | None:
     if not seen.unit.is_active:
         return wait(f"{name} to start")
     return None
+
+
+def _has_failed(unit: Unit) -> bool:
+    """For good, or between two of the starts that systemd tries without end."""
+    return unit.active == "failed" or (
+        unit.active == "activating" and unit.result not in ("", "success")
+    )
 
 
 def _answers(spec: Spec, seen: Seen) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +71,21 @@ def diff(spec: Spec, seen: Seen) -> Plan:
             f"Docker Engine {seen.info.version} is too old",
             fix=f"install {OLDEST[0]}.{OLDEST[1]} or newer",
         )
-    ours = _Record.parse(seen.record)
+    for key in NOT_WITH_SWARM:
+        if found.get(key):
+            return block(
+                f"{key} in {paths.DAEMON_JSON} is {json.dumps(found[key])}, "
+                f"which an Engine in Swarm mode cannot have",
+                fix=f"remove {key} from {paths.DAEMON_JSON}, "
+                "then systemctl restart docker.service",
+            )
+    try:
+        ours = _Record.parse(seen.record)
+    except (ValueError, AttributeError):
+        return block(
+            f"{paths.ENGINE_RECORD} does not say which options are ours",
+            fix=f"rm {paths.ENGINE_RECORD}; the options in {paths.DAEMON_JSON} are then yours",
+        )
     wanted, conflict = _merge(spec.engine.log, found, ours)
     if conflict:
         return block(conflict, fix=f"remove one of the two, in {paths.DAEMON_JSON} or {paths.SPEC}")
@@ -98,6 +113,13 @@ def _run(seen: Seen, wanted: dict[str, Any]) -> Plan:
         return change(EnableUnit(paths.ENGINE_UNIT))
     if seen.info is None:
         return wait("docker.service to answer on its socket")
+    if seen.info.live_restore:
+        return block(
+            f"the Engine runs with live-restore although {paths.DAEMON_JSON} does not ask for it; "
+            "an Engine in Swarm mode cannot have that",
+            fix="systemctl cat docker.service; look for --live-restore; "
+            "then systemctl restart docker.service",
+        )
     driver = wanted.get("log-driver")
     if seen.info.log_driver != driver:
         return block(
@@ -122,25 +144,28 @@ class _Record:
         return cls(data.get("options", {}), data.get("before", {}))
 
     def is_ours(self, key: str, value: Any) -> bool:
+        """Whether this program wrote `value`: for a mapping, all that is in it."""
+        if isinstance(value, dict):
+            return self.part(key, value) == value
         return any(key in kept and kept[key] == value for kept in (self.options, self.before))
+
+    def part(self, key: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Those of a mapping's values that this program wrote."""
+        pairs = [pair for kept in (self.options, self.before) for pair in kept.get(key, {}).items()]
+        return {name: value for name, value in values.items() if (name, value) in pairs}
 
 
 def _merge(log: Log | None, found: dict[str, Any], ours: _Record) -> tuple[dict[str, Any], str]:
     """Return the options the file is to have, or a sentence about what contradicts."""
-    for key in NOT_WITH_SWARM:
-        if found.get(key):
-            return {}, (
-                f"{key} in {paths.DAEMON_JSON} is {json.dumps(found[key])}, "
-                f"which an Engine in Swarm mode cannot have"
-            )
     owners_driver = found.get("log-driver")
     if log is None and owners_driver and not ours.is_ours("log-driver", owners_driver):
         return found, ""
     wanted = _log_options(log or Log())
     for key, value in wanted.items():
         if key in found and found[key] != value and not ours.is_ours(key, found[key]):
-            if key == "log-opts" and log is None:
-                value.update(found[key])
+            if log is None and isinstance(found[key], dict):
+                written = ours.part(key, found[key])
+                value.update({k: v for k, v in found[key].items() if k not in written})
                 continue
             return {}, (
                 f"{key} is {json.dumps(found[key])} in {paths.DAEMON_JSON} "
@@ -159,14 +184,20 @@ def _write(
 ) -> list[Change]:
     """Record first, file second: a kill in between leaves a record that still knows the old."""
     changes: list[Change] = []
-    mine = {
-        key: value
-        for key, value in wanted.items()
-        if found.get(key) != value or ours.is_ours(key, value)
-    }
+    before: dict[str, Any] = {}
+    mine: dict[str, Any] = {}
+    for key, value in wanted.items():
+        old = found.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            before[key] = ours.part(key, old)
+            mine[key] = {k: v for k, v in value.items() if k in before[key] or k not in old}
+            continue
+        if old is not None and ours.is_ours(key, old):
+            before[key] = old
+        if old != value or ours.is_ours(key, value):
+            mine[key] = value
     if seen.record is None and seen.daemon_json is not None:
         changes.append(WriteFile(paths.ORIGINAL_DAEMON_JSON, seen.daemon_json, 0o600))
-    before = {key: value for key, value in found.items() if ours.is_ours(key, value)}
     record = {"options": mine, "before": before}
     changes.append(WriteFile(paths.ENGINE_RECORD, json.dumps(record, indent=1) + "\n", 0o600))
     if seen.unit.active not in ("inactive", "failed"):
@@ -180,7 +211,7 @@ def _parse(text: str | None) -> dict[str, Any]:
     if text is None or not text.strip():
         return {}
     try:
-        options = json.loads(text)
+        options = json.loads(text.removeprefix("\ufeff"))  # the Engine takes a BOM as well
     except json.JSONDecodeError as error:
         raise ValueError(f"line {error.lineno}: {error.msg}") from None
     if not isinstance(options, dict):
@@ -189,7 +220,9 @@ def _parse(text: str | None) -> dict[str, Any]:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("-")[0].split("+")[0].split(".")[:2])
+    """Return (major, minor); a build without a number, such as `dev`, counts as newest."""
+    numbers = re.match(r"(\d+)\.(\d+)", text)
+    return tuple(int(number) for number in numbers.groups()) if numbers else (9999, 0)
 
 
 STEP = Step("engine", requires=("identity",), observe=observe, diff=diff)

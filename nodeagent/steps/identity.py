@@ -27,7 +27,7 @@ def observe(spec: Spec, host: Host) -> Seen:
     try:
         address = cluster_address(spec.address, host.network.interfaces())
     except NoAddress as error:
-        problem = str(error)
+        problem = error.cause
     return Seen(
         machine_id=(host.files.read(paths.MACHINE_ID) or "").strip(),
         hostname=host.network.hostname(),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from nodeagent import paths
 from nodeagent.address import cluster_address
@@ -52,7 +52,12 @@ class Record:
         if entry is None:
             return None
         data = json.loads(entry.value)
-        return cls(data["phase"], data["node"], data.get("swarm_id", ""), entry)
+        record = cls(data["phase"], data["node"], data.get("swarm_id", ""), entry)
+        if record.phase not in get_args(Phase) or (record.phase != "intent") != bool(
+            record.swarm_id
+        ):
+            raise ValueError(entry.value)
+        return record
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,8 @@ def diff(spec: Spec, seen: Seen) -> Plan:
         return change(LeaveSwarm("an earlier join to it never ended"))
     if record is not None and record.phase == "published":
         return _member(spec, seen, seen.swarm, record, keys)
+    if seen.swarm.state == "pending":
+        return wait("the Engine to reach its Swarm's managers")
     if seen.swarm.state == "active" and not _is_ours(spec, seen):
         return _other_swarm(seen.swarm, "has no Swarm yet")
     if not spec.is_server:

@@ -12,7 +12,7 @@ from typing import Any
 
 from nodeagent import spec, userdata
 from tests.lab import images
-from tests.lab.host import Waiting, wait_until
+from tests.lab.host import LabError, Waiting, wait_until
 from tests.lab.lab import Lab, Machine
 
 PROJECT = Path(__file__).parents[2]
@@ -84,9 +84,10 @@ def make(
 
 def status(machine: Machine) -> dict[str, Any]:
     """What the agent last wrote about its machine; empty before it has written anything."""
-    if not machine.running:
-        return {}
-    said = machine.run("cat", "/run/nodeagent/status.json", check=False)
+    try:
+        said = machine.run("cat", "/run/nodeagent/status.json", check=False)
+    except LabError:
+        return {}  # it is off, or its first process is not there yet
     return dict(json.loads(said.stdout)) if said.returncode == 0 and said.stdout else {}
 
 

@@ -1,0 +1,36 @@
+"""One lab and one cluster of four machines for all tests of a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab import cluster
+from tests.lab.lab import Lab, Machine
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests in this directory boot machines; say why they are left out where they cannot."""
+    for item in items:
+        if "/tests/lab/" in str(item.path):
+            item.add_marker(pytest.mark.lab)
+            if os.geteuid() != 0:
+                item.add_marker(pytest.mark.skip(reason="boots machines: needs root (sudo)"))
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    with Lab() as lab:
+        yield lab
+
+
+@pytest.fixture(scope="session")
+def four(lab: Lab) -> list[Machine]:
+    """Three servers and a worker, booted from user-data alone, ready."""
+    machines = cluster.make(lab, cluster.cluster_file(lab), {**cluster.SERVERS, **cluster.WORKERS})
+    for machine in machines:
+        machine.boot()
+    cluster.wait_ready(machines)
+    return machines

@@ -1,0 +1,232 @@
+"""Four machines with nothing but user-data are one Swarm cluster, and stay one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from tests.lab import cluster, images
+from tests.lab.host import Waiting, wait_until
+from tests.lab.lab import Lab, Machine
+
+OWNED = "/etc/nodeagent /var/lib/nodeagent /etc/docker /opt/nodeagent /etc/systemd/system"
+# Files that containers and daemons write by themselves.
+NOT_OURS = "/var/lib/nodeagent/engine/*", "/var/lib/nodeagent/consul/data/*"
+
+
+def owned_files(machine: Machine) -> str:
+    """Path, inode, modification time and size of every file of ours."""
+    prune = " ".join(f"-not -path '{pattern}'" for pattern in NOT_OURS)
+    return machine.sh(f"find {OWNED} {prune} -printf '%p %i %T@ %s\\n' | sort")
+
+
+def engine_pid(machine: Machine) -> str:
+    return machine.run("systemctl", "show", "-P", "MainPID", "docker.service").stdout.strip()
+
+
+def consul_pid(machine: Machine) -> int:
+    return int(cluster.consul_container(machine)["State"]["Pid"])
+
+
+def restarts_of(machine: Machine, unit: str = "docker.service") -> int:
+    """How often a unit was stopped since boot, by the journal."""
+    return machine.journal(unit).count("Stopping ")
+
+
+def assert_one_swarm(machines: Iterable[Machine], nodes: set[str] | None = None) -> str:
+    """All machines are in one Swarm in their roles, which is also the record's; returns its id."""
+    machines = list(machines)
+    servers = [machine for machine in machines if machine.name.startswith("server")]
+    seen = {machine.name: cluster.swarm(machine) for machine in machines}
+    assert {info["LocalNodeState"] for info in seen.values()} == {"active"}
+    ids = {seen[server.name]["Cluster"]["ID"] for server in servers}
+    record = json.loads(cluster.consul_kv(servers[0], "swarm/state"))
+    assert ids == {record["swarm_id"]}
+    for name, info in seen.items():
+        assert info["ControlAvailable"] == name.startswith("server"), name
+    listed = cluster.swarm_nodes(servers[0])
+    assert set(listed) == (nodes or {machine.name for machine in machines})
+    for machine in machines:
+        assert listed[machine.name]["ID"] == seen[machine.name]["NodeID"]
+    return str(record["swarm_id"])
+
+
+def wait_listed_ready(manager: Machine, names: Iterable[str]) -> None:
+    def ready() -> bool | Waiting:
+        listed = cluster.swarm_nodes(manager)
+        states = {name: listed.get(name, {}).get("Status") for name in names}
+        return Waiting(str(states)) if set(states.values()) != {"Ready"} else True
+
+    wait_until(ready, 60, "every node to be Ready in the Swarm")
+
+
+def test_four_machines_form_one_swarm(four: list[Machine]) -> None:
+    assert_one_swarm(four)
+    for machine in four:
+        said = machine.run("nodeagent", "status")
+        assert said.stdout.startswith(f"{machine.name}: ready")
+        assert machine.wait_cloud_init()["errors"] == []
+
+
+def test_the_engine_was_restarted_once_on_a_stock_image(four: list[Machine]) -> None:
+    assert {machine.name: restarts_of(machine) for machine in four} == dict.fromkeys(
+        (machine.name for machine in four), 1
+    )
+
+
+def test_consul_names_nodes_engines_and_managers(four: list[Machine]) -> None:
+    asked = four[-1]
+
+    def passing(service: str) -> set[str]:
+        url = f"http://127.0.0.1:8500/v1/health/service/{service}?passing"
+        return {each["Node"]["Node"] for each in json.loads(asked.run("curl", "-sf", url).stdout)}
+
+    everybody = {machine.name for machine in four}
+    assert passing("nodeagent") == everybody
+    assert passing("docker-engine") == everybody
+    assert passing("swarm-manager") == set(cluster.SERVERS)
+
+
+def test_an_overlay_network_spans_the_nodes(lab: Lab, four: list[Machine]) -> None:
+    url = lab.serve(images.box_archive(), "box.tar")
+    server, worker = four[0], four[-1]
+    for machine in (server, worker):
+        machine.sh(f"curl -sf {url} | docker load")
+    server.run("docker", "network", "create", "-d", "overlay", "--attachable", "spanning")
+    try:
+        run = ("docker", "run", "-d", "--name", "web", "--network", "spanning", cluster.BOX_IMAGE)
+        server.run(*run, "sh", "-c", "echo found > index.html && httpd -f -p 80")
+        ask = ("docker", "run", "--rm", "--network", "spanning", cluster.BOX_IMAGE)
+
+        def answer() -> bool | Waiting:
+            said = worker.run(*ask, "wget", "-qO-", "-T", "5", "http://web/", check=False)
+            return True if said.stdout == "found\n" else Waiting(said.stdout + said.stderr)
+
+        wait_until(answer, 60, "a container on worker1 to reach one on server1 by name")
+    finally:
+        server.run("docker", "rm", "-f", "web", check=False)
+        wait_until(
+            lambda: (
+                (server.run("docker", "network", "rm", "spanning", check=False).returncode == 0)
+                or Waiting("in use")
+            ),
+            30,
+            "the network to go",
+        )
+
+
+def test_apply_again_changes_nothing(four: list[Machine]) -> None:
+    for machine in four:
+        before = owned_files(machine), engine_pid(machine), consul_pid(machine)
+        said = machine.run("nodeagent", "apply", timeout_s=60)
+        assert said.stdout.strip().endswith("(0 changes made)")
+        planned = json.loads(machine.run("nodeagent", "plan", "--json").stdout)
+        assert [step["changes"] for step in planned["steps"].values()] == [[]] * 6
+        assert (owned_files(machine), engine_pid(machine), consul_pid(machine)) == before
+
+
+def test_an_engine_restart_leaves_consul_alone(four: list[Machine]) -> None:
+    machine = four[1]
+    before = engine_pid(machine), consul_pid(machine)
+    machine.run("systemctl", "restart", "docker.service", timeout_s=60)
+    assert engine_pid(machine) != before[0]
+    assert consul_pid(machine) == before[1]
+    cluster.wait_ready(four)
+    wait_listed_ready(four[0], [each.name for each in four])
+
+
+def test_the_ready_target_is_reached_after_the_cluster(four: list[Machine]) -> None:
+    machine = four[-1]
+    machine.run("systemctl", "start", "nodeagent-ready.target", timeout_s=60)
+    state = machine.run("systemctl", "is-active", "nodeagent-ready.target").stdout.strip()
+    assert state == "active"
+
+
+def test_a_loop_that_hangs_is_killed_by_the_watchdog(four: list[Machine]) -> None:
+    """The spec becomes a pipe nobody writes to: the read hangs as a call to a dead disk would."""
+    machine = four[-1]
+    drop_in = "/run/systemd/system/nodeagent.service.d/watchdog.conf"
+    machine.write(drop_in, "[Service]\nWatchdogSec=3\n")
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "restart", "nodeagent.service")
+    cluster.wait_ready([machine])
+    spec = machine.read("/etc/nodeagent/node.yaml")
+    try:
+        machine.sh("mv /etc/nodeagent/node.yaml /tmp/kept && mkfifo /etc/nodeagent/node.yaml")
+
+        def barked() -> bool | Waiting:
+            said = machine.journal("nodeagent.service")
+            return "Watchdog timeout" in said or Waiting(said[-300:])
+
+        wait_until(barked, 90, "the watchdog")
+    finally:
+        machine.sh("rm -f /etc/nodeagent/node.yaml && mv /tmp/kept /etc/nodeagent/node.yaml")
+        machine.sh(f"rm -rf {drop_in} && systemctl daemon-reload")
+        machine.run("systemctl", "restart", "nodeagent.service")
+    assert machine.read("/etc/nodeagent/node.yaml") == spec
+    cluster.wait_ready([machine])
+
+
+def test_a_rebooted_server_returns_by_itself(four: list[Machine]) -> None:
+    before = assert_one_swarm(four)
+    four[0].reboot()
+    cluster.wait_ready(four)
+    wait_listed_ready(four[1], [each.name for each in four])
+    assert assert_one_swarm(four) == before
+    assert restarts_of(four[0]) == 0
+
+
+def test_all_machines_lose_power_at_once_and_come_back(four: list[Machine]) -> None:
+    before = assert_one_swarm(four)
+    for machine in four:
+        machine.kill()
+    for machine in four:
+        machine.boot()
+    cluster.wait_ready(four)
+    wait_listed_ready(four[0], [each.name for each in four])
+    assert assert_one_swarm(four) == before
+
+
+@pytest.fixture(scope="module")
+def late(lab: Lab, four: list[Machine]) -> Machine:  # noqa: ARG001 - the cluster comes first
+    """A fifth machine whose agent lives an hour later than everything else."""
+    data = cluster.cluster_file(lab)
+    (machine,) = cluster.make(lab, data, {"worker2": "10.10.0.22"})
+    (library,) = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
+    (machine.upper / "opt").mkdir(exist_ok=True)
+    shutil.copy(library, machine.upper / "opt/libfaketime.so.1")
+    machine.write(
+        "/etc/systemd/system/nodeagent.service.d/later.conf",
+        "[Service]\nEnvironment=LD_PRELOAD=/opt/libfaketime.so.1 FAKETIME=+1h "
+        "DONT_FAKE_MONOTONIC=1\n",
+    )
+    machine.boot()
+    return machine
+
+
+def test_a_machine_that_comes_later_joins(four: list[Machine], late: Machine) -> None:
+    cluster.wait_ready([late])
+    hours_ahead = (cluster.status(late)["updated"] - cluster.status(four[0])["updated"]) / 3600
+    assert 0.9 < hours_ahead < 1.1, "the clock was not faked"
+    assert_one_swarm([*four, late])
+
+
+def test_a_machine_joins_when_the_first_server_is_gone(lab: Lab, four: list[Machine]) -> None:
+    record = json.loads(cluster.consul_kv(four[0], "swarm/state"))
+    first = next(machine for machine in four if machine.name == record["node"])
+    first.kill()
+    (machine,) = cluster.make(lab, cluster.cluster_file(lab), {"worker3": "10.10.0.23"})
+    machine.boot()
+    try:
+        cluster.wait_ready([machine])
+        others = [each for each in four if each is not first and each.name.startswith("server")]
+        assert cluster.swarm(machine)["LocalNodeState"] == "active"
+        wait_listed_ready(others[0], [machine.name])
+    finally:
+        machine.destroy()
+        first.boot()
+    cluster.wait_ready(four)

@@ -1,0 +1,116 @@
+"""However the servers start and die, the cluster has one Swarm, and no human is needed."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.lab import cluster
+from tests.lab.host import Waiting, wait_until
+from tests.lab.lab import Machine
+from tests.lab.test_cluster import assert_one_swarm
+
+DRIVER = Path(__file__).with_name("driver.py")
+STARTS = 20
+SYSTEM_DOCKER = "docker -H unix:///run/nodeagent-engine/docker.sock"
+
+
+@pytest.fixture(scope="module")
+def servers(four: list[Machine]) -> list[Machine]:
+    """The three servers, with the agent run by the driver that can kill it; the worker is off."""
+    for machine in four[3:]:
+        machine.power_off()
+    for machine in four[:3]:
+        machine.write("/opt/driver.py", DRIVER.read_text("utf-8"))
+        machine.write(
+            "/etc/systemd/system/nodeagent.service.d/driver.conf",
+            "[Service]\nExecStart=\nExecStart=/usr/bin/python3 /opt/driver.py\n"
+            "ReadWritePaths=/run/driver\n",
+        )
+        machine.sh("mkdir -p /run/driver && systemctl daemon-reload")
+    return four[:3]
+
+
+def on_all(machines: list[Machine], script: str) -> None:
+    """Run a script on all machines at the same time, and wait for all."""
+    with ThreadPoolExecutor(len(machines)) as pool:
+        list(pool.map(lambda machine: machine.sh(script, timeout_s=90), machines))
+
+
+def forget_the_swarm(machines: list[Machine]) -> None:
+    """Back to a cluster whose Consul works and that has never had a Swarm."""
+    on_all(
+        machines,
+        "systemctl stop nodeagent; docker swarm leave --force >/dev/null 2>&1 || true;"
+        "rm -f /run/driver/*; for s in nodeagent docker-engine swarm-manager; do curl -sf -X PUT "
+        "http://127.0.0.1:8500/v1/agent/service/deregister/nodeagent:$s || true; done",
+    )
+    machines[0].run(
+        "curl", "-sf", "-X", "DELETE", "http://127.0.0.1:8500/v1/kv/nodeagent/?recurse=true"
+    )
+
+
+def forget_everything(machines: list[Machine]) -> None:
+    """Back to machines as `nodeagent install` leaves them."""
+    on_all(
+        machines,
+        "systemctl stop nodeagent; docker swarm leave --force >/dev/null 2>&1 || true;"
+        f"{SYSTEM_DOCKER} rm -f consul >/dev/null 2>&1 || true;"
+        f"{SYSTEM_DOCKER} rmi -f {cluster.CONSUL_IMAGE} >/dev/null 2>&1 || true;"
+        "systemctl disable --now nodeagent-engine.service 2>/dev/null;"
+        "cd /var/lib/nodeagent && rm -rf identity.json engine-options.json originals images "
+        "consul; rm -f /etc/docker/daemon.json /run/driver/* /run/nodeagent/*;"
+        "systemctl restart docker.service",
+    )
+
+
+def test_servers_that_start_in_the_same_instant_make_one_swarm(servers: list[Machine]) -> None:
+    ids = set()
+    initialisers = []
+    for _ in range(STARTS):
+        forget_the_swarm(servers)
+        on_all(servers, "systemctl start nodeagent")
+        cluster.wait_ready(servers)
+        ids.add(assert_one_swarm(servers))
+        initialisers.append(json.loads(cluster.consul_kv(servers[0], "swarm/state"))["node"])
+    assert len(ids) == STARTS, "a start found the Swarm of an earlier one"
+    print(f"{STARTS} starts, each one Swarm; initialised by {sorted(initialisers)}")
+
+
+def run_of_the_initialiser(victim: Machine, others: list[Machine], die_after: int) -> list[str]:
+    """Let `victim` initialise a fresh cluster and die once; returns the changes it made."""
+    machines = [victim, *others]
+    forget_everything(machines)
+    for machine in others:
+        machine.sh("touch /run/driver/hold")
+    if die_after >= 0:
+        victim.write("/run/driver/die_after", str(die_after))
+    for machine in machines:
+        machine.run("systemctl", "start", "nodeagent", timeout_s=60)
+
+    def victim_died_or_is_ready() -> bool | Waiting:
+        if victim.run("test", "-e", "/run/driver/died", check=False).returncode == 0:
+            return True
+        said = cluster.status(victim)
+        return said.get("state") == "ready" or Waiting(str(said.get("sentence")))
+
+    wait_until(victim_died_or_is_ready, 120, "the initialiser to die or be ready")
+    for machine in others:
+        machine.sh("rm -f /run/driver/hold")
+    cluster.wait_ready(machines)
+    assert_one_swarm(machines)
+    return victim.read("/run/driver/changes").splitlines()
+
+
+def test_the_initialiser_killed_after_every_change_of_its_run(servers: list[Machine]) -> None:
+    victim, *others = servers
+    whole = run_of_the_initialiser(victim, others, -1)
+    assert any(change.startswith("initialise the cluster's Swarm") for change in whole)
+    for die_after in range(len(whole)):
+        run_of_the_initialiser(victim, others, die_after)
+        assert victim.run("test", "-e", "/run/driver/died", check=False).returncode == 0
+        print(f"killed before change {die_after + 1}, {whole[die_after]!r}: one Swarm")
+    print(f"killed at each of {len(whole)} changes")
