@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -19,6 +20,18 @@ if TYPE_CHECKING:
     from nodeagent import daemon, report
 
 POLL_S = 0.1  # of the status file, by `status --wait` and `--watch`
+
+EXIT_CODES = """\
+exit codes:
+   0  done, or ready
+   1  a bug in nodeagent
+   2  the command line is wrong
+   3  blocked: a human must act
+   6  not ready yet, or something outside failed; trying again may help
+  77  needs root
+  78  the spec is wrong
+
+nodeagent VERB --help shows an example of each verb."""
 
 log = logging.getLogger("nodeagent")
 
@@ -82,8 +95,9 @@ def _plan(arguments: argparse.Namespace) -> int:
         print(json.dumps(report.plan_json(previews), indent=2))
     else:
         sys.stdout.write(report.plan_text(previews, report.columns()))
-    blocked = any(preview.plan is not None and preview.plan.blocked for preview in previews)
-    return Exit.BLOCKED if blocked else Exit.OK
+    if any(preview.plan is not None and preview.plan.blocked for preview in previews):
+        return Exit.BLOCKED
+    return Exit.WAITING if any(preview.error for preview in previews) else Exit.OK
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -158,7 +172,7 @@ def _loop(arguments: argparse.Namespace, listener: report.Listener | None = None
 
     host = this_machine()
     status = report.StatusFile(
-        files=host.files,
+        files=host.files if arguments.verb == "run" else None,
         clock=host.clock,
         pid=os.getpid(),
         node=host.network.hostname(),
@@ -201,8 +215,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nodeagent",
         description="Makes this machine a working member of its Docker Swarm cluster.",
-        epilog="Exit codes: 0 done or ready, 1 a bug, 2 usage, 3 blocked: a human must act, "
-        "6 not ready yet, 77 not root, 78 the spec is wrong.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=f"nodeagent {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log every call")
@@ -215,14 +229,18 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=about,
             description=f"{about[0].upper()}{about[1:]}.",
-            epilog=f"Example: {example}",
+            epilog=f"example: {example}",
         )
         added.set_defaults(act=act)
         return added
 
     def with_spec(added: argparse.ArgumentParser) -> argparse.ArgumentParser:
         added.add_argument(
-            "--spec", type=Path, default=paths.SPEC, metavar="FILE", help=f"default {paths.SPEC}"
+            "--spec",
+            type=Path,
+            default=paths.SPEC,
+            metavar="FILE",
+            help=f"the spec; default {paths.SPEC}",
         )
         return added
 
@@ -264,7 +282,9 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--wait", action="store_true", help="return when the node is ready")
     added.add_argument("--watch", action="store_true", help="show every change until interrupted")
     added.add_argument("--timeout", type=_seconds, metavar="S", help="give up after S seconds")
-    added.add_argument("--json", action="store_true", help="as JSON; with --watch a line a change")
+    added.add_argument(
+        "--json", action="store_true", help="as JSON; with --watch, one line for each change"
+    )
     added = verb(
         "install",
         _install,
@@ -283,7 +303,9 @@ def _parser() -> argparse.ArgumentParser:
         "write cloud-init user-data for one role to stdout",
         "nodeagent user-data --role server cluster.yaml > server.yaml",
     )
-    added.add_argument("--role", choices=("server", "worker"), required=True)
+    added.add_argument(
+        "--role", choices=("server", "worker"), required=True, help="what these machines are to be"
+    )
     added.add_argument(
         "cluster",
         type=Path,
@@ -296,7 +318,14 @@ def _parser() -> argparse.ArgumentParser:
         "check a spec; no node and no root needed",
         "nodeagent validate node.yaml",
     )
-    added.add_argument("file", type=Path, nargs="?", default=paths.SPEC, metavar="FILE")
+    added.add_argument(
+        "file",
+        type=Path,
+        nargs="?",
+        default=paths.SPEC,
+        metavar="FILE",
+        help=f"default {paths.SPEC}",
+    )
     added.add_argument("--cluster", action="store_true", help="a cluster file: it has no role")
     added.add_argument("--json", action="store_true", help="print the spec as read")
     verb(
@@ -309,7 +338,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: a number of seconds above 0 is needed")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r}: a number of seconds above 0 is needed")

@@ -79,13 +79,16 @@ class Loop:
             spec = spec_module.load(self.spec_path, Spec)
         except SpecError as error:
             return Cycle((StepResult("spec", "blocked", error.sentence),))
-        with self.host.files.try_lock(paths.LOCK) as is_ours:
-            if not is_ours:
-                sentence = "another nodeagent to finish its round on this machine"
-                return Cycle((StepResult("lock", "waiting", sentence),))
-            cycle = run_cycle(spec, self.host, self.steps, self._progress, self.apply)
-            self._vouch(cycle)
-        return cycle
+        try:
+            with self.host.files.try_lock(paths.LOCK) as is_ours:
+                if not is_ours:
+                    sentence = "another nodeagent to finish its round on this machine"
+                    return Cycle((StepResult("lock", "waiting", sentence),))
+                cycle = run_cycle(spec, self.host, self.steps, self._progress, self.apply)
+                self._vouch(cycle)
+                return cycle
+        except HostError as error:
+            return Cycle((StepResult("lock", "failing", str(error)),))
 
     def _progress(self, result: StepResult) -> None:
         self.status.update(result)

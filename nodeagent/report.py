@@ -19,6 +19,7 @@ from nodeagent.host import Clock, Files
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+NEVER_RAN = "nodeagent has not run since this machine booted"
 Listener = Callable[[Mapping[str, Any], float], None]
 MARKS = {
     "done": "ok",
@@ -35,7 +36,7 @@ MARKS = {
 class StatusFile:
     """`/run/nodeagent/status.json`: for people and `nodeagent status`, never read to decide."""
 
-    files: Files
+    files: Files | None  # None: nothing is written; the file is the running agent's alone
     clock: Clock
     pid: int
     node: str
@@ -91,7 +92,8 @@ class StatusFile:
         head |= {"node": self.node, "pid": self.pid, "about": self.about}
         head |= {"began": self._began_at, "updated": now}
         try:
-            self.files.write(paths.STATUS, json.dumps({**head, **body}) + "\n", 0o644)
+            if self.files is not None:
+                self.files.write(paths.STATUS, json.dumps({**head, **body}) + "\n", 0o644)
         except HostError as error:  # it is written for people: the node goes on without it
             log.warning("%s", error)
         if self.listener is not None:
@@ -114,34 +116,55 @@ def read_status(files: Files) -> dict[str, Any] | None:
 def status_text(status: Mapping[str, Any] | None, columns: int) -> str:
     """The status of this node for a terminal `columns` wide."""
     if status is None:
-        return "nodeagent has not run since this machine booted; systemctl start nodeagent\n"
-    lines = [f"{status['node']}: {status['sentence']}"]
+        return "\n".join(_paragraph(f"{NEVER_RAN}; systemctl start nodeagent", columns)) + "\n"
+    sentence = _headline(status)
     if not status["is_running"]:
-        lines[0] = f"{status['node']}: nodeagent is not running; its last word was:"
-        lines.append(f"  {status['sentence']}")
+        sentence = f"nodeagent is not running; its last word was: {sentence}"
+    lines = _paragraph(f"{status['node']}: {sentence}", columns)
     for name, step in status["steps"].items():
-        time = f"{step['done_s']:.1f} s" if step["done_s"] is not None else ""
+        is_timed = step["state"] == "done" and step["done_s"] is not None
+        time = f"{step['done_s']:.1f} s" if is_timed else ""
         head = f"  {MARKS[step['state']]:2}  {name:9} "
         lines += _wrapped(head, step["sentence"], time, columns)
+        if step["fix"]:
+            lines += _wrapped(" " * len(head), f"fix: {step['fix']}", "", columns)
     about = status.get("about") or {}
     if about.get("security") == "off":
-        lines.append("SECURITY IS OFF: nothing in this cluster is encrypted or authenticated")
+        warning = "SECURITY IS OFF: nothing in this cluster is encrypted or authenticated"
+        lines += _paragraph(warning, columns)
     return "\n".join(lines) + "\n"
+
+
+def _headline(status: Mapping[str, Any]) -> str:
+    """The node's sentence, without what the rows below it say in full."""
+    short, _, rest = str(status["sentence"]).partition(": ")
+    step = status["steps"].get(short.rpartition(" at ")[2])
+    return short if step and rest.startswith(step["sentence"]) else str(status["sentence"])
 
 
 def sentence_of(status: Mapping[str, Any] | None) -> str:
     """The one line of a status."""
     if status is None:
-        return "nodeagent has not run since this machine booted"
+        return NEVER_RAN
     return str(status["sentence"] if status["is_running"] else "nodeagent is not running")
 
 
 def _wrapped(head: str, sentence: str, tail: str, columns: int) -> list[str]:
     """One row: `head`, the sentence in as many lines as it takes, `tail` at the right edge."""
     width = max(columns - len(head) - 9, 20)
-    parts = textwrap.wrap(sentence, width) or [""]
+    parts = _fill(sentence, width)
     first = f"{head}{parts[0]:{width}} {tail:>8}".rstrip()
     return [first, *(" " * len(head) + part for part in parts[1:])]
+
+
+def _paragraph(sentence: str, columns: int) -> list[str]:
+    first, *rest = _fill(sentence, max(columns - 2, 20))
+    return [first, *("  " + part for part in rest)]
+
+
+def _fill(sentence: str, width: int) -> list[str]:
+    """Lines of at most `width`; paths and units are not broken at their hyphens, to be copied."""
+    return textwrap.wrap(sentence, width, break_on_hyphens=False) or [""]
 
 
 def plan_text(previews: Iterable[Preview], columns: int) -> str:
@@ -156,12 +179,12 @@ def plan_text(previews: Iterable[Preview], columns: int) -> str:
 
 
 def plan_sentences(preview: Preview) -> list[str]:
-    """One sentence for each change of a step; or why there is none."""
+    """One sentence for each change of a step; or why there is none, and what to do about it."""
     plan = preview.plan
     if plan is None:
         return [preview.error or "not known before the steps above are done"]
     if plan.blocked:
-        return [f"blocked: {plan.blocked}; {plan.fix}"]
+        return [f"blocked: {plan.blocked}", f"fix: {plan.fix}"]
     if plan.waits_for:
         return [f"waits for {plan.waits_for}"]
     return [str(change) for change in plan.changes] or [f"nothing to do: {plan.summary}"]

@@ -43,14 +43,17 @@ class LocalConsul:
             if isinstance(error.__cause__, requests.ConnectionError):
                 return None
             raise
-        config, member = found["Config"], found["Member"]
-        return ConsulSelf(
-            node_name=config["NodeName"],
-            datacenter=config["Datacenter"],
-            server=config["Server"],
-            address=member["Addr"],
-            version=config["Version"],
-        )
+        try:
+            config, member = found["Config"], found["Member"]
+            return ConsulSelf(
+                node_name=config["NodeName"],
+                datacenter=config["Datacenter"],
+                server=config["Server"],
+                address=member["Addr"],
+                version=config["Version"],
+            )
+        except (KeyError, TypeError) as error:
+            raise HostError("ask", "Consul", "what answers on its port is not Consul") from error
 
     def leader(self) -> str:
         with self._call("ask for the leader of") as client:
@@ -161,22 +164,28 @@ class LocalConsul:
             (check.ttl_pass if passing else check.ttl_fail)(f"service:{service_id}", note)
 
     def watch(self, prefix: str, wake: Callable[[], None], stop: threading.Event) -> None:
-        """Wake whenever a key below `prefix` changes, by blocking queries."""
-        index = None
+        """Wake whenever a key below `prefix` changes, by blocking queries.
+
+        Also after an outage: what changed in the meantime cannot be told.
+        """
+        index, was_lost = None, False
         while not stop.is_set():
             try:
                 found, _ = self._watch_client.kv.get(prefix, recurse=True, index=index, wait=WATCH)
             except (consul.ConsulException, requests.RequestException, ValueError):
-                index = None
+                index, was_lost = None, True
                 stop.wait(1)
                 continue
-            if index is not None and found != index:
+            if was_lost or (index is not None and found != index):
                 wake()
-            index = found
+            index, was_lost = found, False
 
 
 def _client(port: int) -> consul.Consul:
-    client = consul.Consul(host="127.0.0.1", port=port, connections_timeout=TIMEOUT_S)
+    # The scheme is given, or CONSUL_HTTP_SSL of the environment would choose it.
+    client = consul.Consul(
+        host="127.0.0.1", port=port, scheme="http", connections_timeout=TIMEOUT_S
+    )
     client.http.session.trust_env = False  # a proxy must not come between us and this host
     return client
 

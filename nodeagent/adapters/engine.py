@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import docker
+import docker.auth
 import docker.errors
+import docker.utils
 import requests
 from cryptography import x509
 from cryptography.x509.oid import NameOID
@@ -24,11 +27,15 @@ DEFINITION = "nodeagent.definition"
 
 
 class DockerDaemon:
-    """One Docker daemon. Connects anew after any failure."""
+    """One Docker daemon. Connects anew after any failure.
 
-    def __init__(self, *, socket: Path, name: str) -> None:
+    `root` is where the daemon's own `/` is from here.
+    """
+
+    def __init__(self, *, socket: Path, name: str, root: Path = Path("/")) -> None:
         self._socket = socket
         self._name = name
+        self._root = root
         self._client: docker.DockerClient | None = None
 
     @contextlib.contextmanager
@@ -41,26 +48,31 @@ class DockerDaemon:
                 )
             self._client.api.timeout = timeout_s
             yield self._client
-        except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+        except (
+            docker.errors.DockerException,
+            requests.RequestException,
+            OSError,
+            ValueError,  # no JSON
+        ) as error:
+            if self._client is not None:
+                self._client.close()
             self._client = None
             cause = getattr(error, "explanation", None) or error
             raise HostError(operation, self._name, cause) from error
 
     def info(self) -> EngineInfo | None:
-        if not self._socket.exists():
-            return None
         try:
             with self._call("ask for the state of") as client:
                 info = client.info()
         except HostError as error:
-            if isinstance(error.__cause__, (docker.errors.APIError, requests.Timeout)):
-                raise
-            return None  # nothing listens
+            if _nothing_listens(error):
+                return None
+            raise
         return EngineInfo(
             version=str(info.get("ServerVersion", "")),
             log_driver=str(info.get("LoggingDriver", "")),
             live_restore=bool(info.get("LiveRestoreEnabled")),
-            swarm=_swarm(info),
+            swarm=_swarm(info, self._root),
         )
 
     def swarm_tokens(self) -> tuple[str, str]:
@@ -80,6 +92,11 @@ class DockerDaemon:
             )
 
     def swarm_join(self, address: str, manager: str, token: str) -> None:
+        before = self.info()
+        if before is not None and before.swarm.state != "inactive":
+            # Or the clean-up below would leave a Swarm that this call never joined.
+            cause = f"it is in a Swarm already ({before.swarm.state})"
+            raise HostError("join a Swarm on", self._name, cause)
         try:
             with self._call(f"join the Swarm through {manager} on", JOIN_TIMEOUT_S) as client:
                 client.swarm.join(
@@ -124,10 +141,26 @@ class DockerDaemon:
             return tuple(tag for image in client.images.load(file) for tag in image.tags)
 
     def pull_image(self, image: str) -> None:
+        # Not by docker-py's own pull: that one has no time-out, and takes an error that comes after
+        # the Engine's 200 for a success.
+        registry, _ = docker.auth.resolve_repository_name(image)
+        repository, tag = docker.utils.parse_repository_tag(image)
         with self._call(f"pull {image} into", IMAGE_TIMEOUT_S) as client:
-            client.images.pull(
-                image if "@" in image or ":" in image.rpartition("/")[2] else f"{image}:latest"
+            api = client.api
+            account = docker.auth.get_config_header(api, registry)
+            answer = api.post(
+                f"{api.base_url}/v{api.api_version}/images/create",
+                params={"fromImage": repository, "tag": tag or "latest"},
+                headers={"X-Registry-Auth": account} if account else {},
+                stream=True,
+                timeout=IMAGE_TIMEOUT_S,
             )
+            with answer:
+                _raise_for_status(answer)
+                for line in answer.iter_lines():
+                    said = json.loads(line)
+                    if "error" in said:
+                        raise HostError(f"pull {image} into", self._name, said["error"])
 
     def container(self, name: str) -> ContainerState | None:
         try:
@@ -174,13 +207,34 @@ class DockerDaemon:
             client.api.start(name)
 
 
-def _swarm(info: Mapping[str, Any]) -> SwarmInfo:
+def _raise_for_status(answer: requests.Response) -> None:
+    """Raise docker-py's error, with the Engine's explanation, for a bad answer."""
+    try:
+        answer.raise_for_status()
+    except requests.HTTPError as error:
+        docker.errors.create_api_error_from_http_exception(error)
+
+
+def _nothing_listens(error: BaseException) -> bool:
+    """Whether an error goes back to a socket that is not there or that nobody listens on.
+
+    docker-py and urllib3 wrap it differently on the first call of a client and on later ones, as
+    cause, context or argument.
+    """
+    if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
+        return True
+    behind = (error.__cause__, error.__context__, *error.args)
+    return any(_nothing_listens(each) for each in behind if isinstance(each, BaseException))
+
+
+def _swarm(info: Mapping[str, Any], root: Path) -> SwarmInfo:
     swarm = info.get("Swarm") or {}
     cluster = swarm.get("Cluster") or {}
     state = str(swarm.get("LocalNodeState") or "inactive")
     cluster_id = str(cluster.get("ID") or "")
     if not cluster_id and state != "inactive":
-        cluster_id = _cluster_of_certificate(Path(str(info.get("DockerRootDir", ""))))
+        data_root = str(info.get("DockerRootDir", "")).lstrip("/")
+        cluster_id = _cluster_of_certificate(root / data_root)
     return SwarmInfo(
         state=state,
         node_id=str(swarm.get("NodeID") or ""),

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from nodeagent.errors import HostError
 
+CHUNK_BYTES = 1 << 20
+
 
 class LocalFiles:
-    """The machine's file system. Directories that are missing are made, for root only."""
+    """The machine's file system. Directories that are missing are made."""
 
     def read(self, path: Path) -> str | None:
         with _errors("read", path):
             try:
-                return path.read_text("utf-8", "surrogateescape")
+                # As bytes: text mode would turn CR LF into LF, and a file kept for its owner into
+                # another one.
+                return path.read_bytes().decode("utf-8", "surrogateescape")
             except FileNotFoundError:
                 return None
 
@@ -29,7 +35,7 @@ class LocalFiles:
 
     def write(self, path: Path, text: str, mode: int | None) -> None:
         with _errors("write", path), replacing(path) as (temporary, old):
-            temporary.write_text(text, "utf-8", "surrogateescape")
+            temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
             if mode is None and old is not None:
                 os.chown(temporary, old.st_uid, old.st_gid)
                 temporary.chmod(old.st_mode & 0o7777)
@@ -44,9 +50,12 @@ class LocalFiles:
         with _errors("read", path):
             try:
                 with path.open("rb") as file:
-                    return hashlib.file_digest(file, "sha256").hexdigest()
+                    digest = hashlib.sha256()
+                    while chunk := file.read(CHUNK_BYTES):
+                        digest.update(chunk)
             except FileNotFoundError:
                 return None
+            return digest.hexdigest()
 
     def unpack_program(self, archive: Path, path: Path) -> None:
         with _errors("unpack", archive), replacing(path) as (temporary, _):
@@ -97,16 +106,22 @@ def _errors(operation: str, target: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[tuple[Path, os.stat_result | None]]:
-    """Yield a new file beside `path` that takes its place, synced, unless the block fails."""
+    """Yield a new file beside `path` that takes its place, synced, unless the block fails.
+
+    A symbolic link stays and what it names is replaced: who made the link wants the file there.
+    """
+    path = Path(os.path.realpath(path))
     _make_directory(path.parent)
     try:
         old: os.stat_result | None = path.stat()
     except FileNotFoundError:
         old = None
+    if old is not None and not stat.S_ISREG(old.st_mode):
+        raise FileExistsError(errno.EEXIST, "it is there, and is no plain file")
     temporary = path.with_name(f".{path.name}.nodeagent-new")
+    temporary.unlink(missing_ok=True)  # of a run that was killed; its mode may be another
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.close(descriptor)
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         yield temporary, old
         _sync(temporary)
         temporary.replace(path)

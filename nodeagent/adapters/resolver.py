@@ -17,6 +17,9 @@ CONSUL_DNS_PORT = 8600
 class DnsResolver:
     """The host's resolver, and the local Consul's DNS."""
 
+    def __init__(self, *, resolv_conf: str = "/etc/resolv.conf") -> None:
+        self._resolv_conf = resolv_conf
+
     def consul_servers(self, domain: str) -> tuple[str, ...]:
         resolver = dns.resolver.Resolver(configure=False)
         resolver.nameservers = ["127.0.0.1"]
@@ -25,7 +28,10 @@ class DnsResolver:
         return self._targets(resolver, f"consul.service.{domain}.")
 
     def addresses(self, name: str) -> tuple[str, ...]:
-        resolver = dns.resolver.Resolver()
+        try:
+            resolver = dns.resolver.Resolver(self._resolv_conf)
+        except dns.exception.DNSException as error:
+            raise HostError("use", self._resolv_conf, error) from error
         targets = self._targets(resolver, name) or (name,)
         found = [
             str(record) for target in targets for record in self._records(resolver, target, "A")

@@ -65,7 +65,7 @@ class SystemdManager:
         (dockerd gives open HTTP requests 5 s before it ends; seen with 26.1.)
         """
         while not stop.is_set():
-            with contextlib.suppress(HostError, OSError):
+            with contextlib.suppress(HostError, OSError, ValueError):
                 pid = int(_run("systemctl", "show", "--value", "--property=MainPID", "--", name))
                 if pid:
                     descriptor = os.pidfd_open(pid)

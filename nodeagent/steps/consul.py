@@ -31,6 +31,7 @@ from nodeagent.plan import Plan, Step, block, change, done, wait
 from nodeagent.spec import Spec
 
 CONTAINER = "consul"
+CRASH_LOOP = 3  # starts in a row that the System Engine had to repeat; one may be an accident
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,13 @@ def _container(spec: Spec, seen: Seen, wanted: str) -> Plan:
     if changes:
         return change(*changes)
     assert seen.container is not None
-    if seen.agent is None and seen.container.restarts:
+    if seen.agent is None and seen.container.restarts >= CRASH_LOOP:
         return block(
             f"Consul does not start: {_reason(seen.container.last_lines)}",
             fix=f"docker -H unix://{paths.SYSTEM_ENGINE_SOCKET} logs {CONTAINER}",
         )
+    if seen.container.status == "restarting":
+        return wait("Consul to start again")
     if not is_running:
         return change(StartContainer(CONTAINER))
     return _answers(spec, seen)

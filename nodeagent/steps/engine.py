@@ -76,12 +76,11 @@ def diff(spec: Spec, seen: Seen) -> Plan:
             return block(
                 f"{key} in {paths.DAEMON_JSON} is {json.dumps(found[key])}, "
                 f"which an Engine in Swarm mode cannot have",
-                fix=f"remove {key} from {paths.DAEMON_JSON}, "
-                "then systemctl restart docker.service",
+                fix=f"remove {key} from {paths.DAEMON_JSON}, then systemctl restart docker.service",
             )
     try:
         ours = _Record.parse(seen.record)
-    except (ValueError, AttributeError):
+    except (ValueError, TypeError, AttributeError):
         return block(
             f"{paths.ENGINE_RECORD} does not say which options are ours",
             fix=f"rm {paths.ENGINE_RECORD}; the options in {paths.DAEMON_JSON} are then yours",
@@ -141,18 +140,10 @@ class _Record:
     @classmethod
     def parse(cls, text: str | None) -> _Record:
         data = json.loads(text) if text else {}
-        return cls(data.get("options", {}), data.get("before", {}))
+        return cls({**data.get("options", {})}, {**data.get("before", {})})
 
     def is_ours(self, key: str, value: Any) -> bool:
-        """Whether this program wrote `value`: for a mapping, all that is in it."""
-        if isinstance(value, dict):
-            return self.part(key, value) == value
         return any(key in kept and kept[key] == value for kept in (self.options, self.before))
-
-    def part(self, key: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Those of a mapping's values that this program wrote."""
-        pairs = [pair for kept in (self.options, self.before) for pair in kept.get(key, {}).items()]
-        return {name: value for name, value in values.items() if (name, value) in pairs}
 
 
 def _merge(log: Log | None, found: dict[str, Any], ours: _Record) -> tuple[dict[str, Any], str]:
@@ -160,23 +151,36 @@ def _merge(log: Log | None, found: dict[str, Any], ours: _Record) -> tuple[dict[
     owners_driver = found.get("log-driver")
     if log is None and owners_driver and not ours.is_ours("log-driver", owners_driver):
         return found, ""
-    wanted = _log_options(log or Log())
+    present, wanted = _flat(found), _log_options(log or Log())
     for key, value in wanted.items():
-        if key in found and found[key] != value and not ours.is_ours(key, found[key]):
-            if log is None and isinstance(found[key], dict):
-                written = ours.part(key, found[key])
-                value.update({k: v for k, v in found[key].items() if k not in written})
+        there = present.get(key, value)
+        if there != value and not ours.is_ours(key, there):
+            if log is None:
+                wanted[key] = there
                 continue
             return {}, (
-                f"{key} is {json.dumps(found[key])} in {paths.DAEMON_JSON} "
+                f"{key} is {json.dumps(there)} in {paths.DAEMON_JSON} "
                 f"and {json.dumps(value)} by {paths.SPEC}"
             )
-    return {**found, **wanted}, ""
+    opts = {key[len(_OPT) :]: value for key, value in wanted.items() if key.startswith(_OPT)}
+    opts = {**found.get("log-opts", {}), **opts}
+    return {**found, "log-driver": wanted["log-driver"], "log-opts": opts}, ""
+
+
+_OPT = "log-opts "  # one of them is "log-opts max-size"
 
 
 def _log_options(log: Log) -> dict[str, Any]:
-    opts = {"max-size": log.max_size, "max-file": str(log.max_file), "compress": "true"}
-    return {"log-driver": log.driver, "log-opts": opts}
+    size, files = log.max_size, str(log.max_file)
+    opts = {"max-size": size, "max-file": files, "compress": "true"}
+    return _flat({"log-driver": log.driver, "log-opts": opts})
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with `log-opts` taken apart: each of them has its own owner."""
+    opts = options.get("log-opts", {})
+    rest = {key: value for key, value in options.items() if key != "log-opts"}
+    return {**rest, **{f"{_OPT}{key}": value for key, value in opts.items()}}
 
 
 def _write(
@@ -184,20 +188,15 @@ def _write(
 ) -> list[Change]:
     """Record first, file second: a kill in between leaves a record that still knows the old."""
     changes: list[Change] = []
-    before: dict[str, Any] = {}
-    mine: dict[str, Any] = {}
-    for key, value in wanted.items():
-        old = found.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
-            before[key] = ours.part(key, old)
-            mine[key] = {k: v for k, v in value.items() if k in before[key] or k not in old}
-            continue
-        if old is not None and ours.is_ours(key, old):
-            before[key] = old
-        if old != value or ours.is_ours(key, value):
-            mine[key] = value
+    old = _flat(found)
+    mine = {
+        key: value
+        for key, value in _flat(wanted).items()
+        if key not in old or old[key] != value or ours.is_ours(key, value)
+    }
     if seen.record is None and seen.daemon_json is not None:
         changes.append(WriteFile(paths.ORIGINAL_DAEMON_JSON, seen.daemon_json, 0o600))
+    before = {key: value for key, value in old.items() if ours.is_ours(key, value)}
     record = {"options": mine, "before": before}
     changes.append(WriteFile(paths.ENGINE_RECORD, json.dumps(record, indent=1) + "\n", 0o600))
     if seen.unit.active not in ("inactive", "failed"):
@@ -208,14 +207,17 @@ def _write(
 
 def _parse(text: str | None) -> dict[str, Any]:
     """Return the file's options; raises ValueError with what is wrong with it."""
-    if text is None or not text.strip():
+    text = (text or "").removeprefix("\ufeff")  # the Engine takes a byte-order mark as well
+    if not text.strip():
         return {}
     try:
-        options = json.loads(text.removeprefix("\ufeff"))  # the Engine takes a BOM as well
+        options = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"line {error.lineno}: {error.msg}") from None
     if not isinstance(options, dict):
         raise ValueError("it holds no JSON object")
+    if not isinstance(options.get("log-opts", {}), dict):
+        raise ValueError("its log-opts are no JSON object")
     return options
 
 

@@ -3,10 +3,12 @@
 They know only what the program asks; anything else is an AttributeError. Time stands still unless
 a test moves it, and nothing happens in the background.
 """
+# ruff: noqa: ARG002 - a fake takes what the protocol gives it, needed or not
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -47,25 +49,42 @@ def make_spec(role: str = "server", **changes: object) -> Spec:
 
 
 class FakeFiles:
-    """A file system that is a dictionary. `/run` is what `forget_run` forgets."""
+    """A file system that is a dictionary. `/run` is what `forget_run` forgets.
+
+    Directories are there as long as something is in them.
+    """
 
     def __init__(self, texts: Mapping[Path, str] | None = None) -> None:
         self.texts: dict[Path, str] = dict(texts or {})
-        self.modes: dict[Path, int | None] = {}
+        self.modes: dict[Path, int] = {}
         self.held: set[Path] = set()
 
+    def _is_directory(self, path: Path) -> bool:
+        return any(path in each.parents for each in self.texts)
+
+    def _need_no_directory(self, operation: str, path: Path) -> None:
+        if self._is_directory(path):
+            raise HostError(operation, path, "Is a directory")
+
     def read(self, path: Path) -> str | None:
+        self._need_no_directory("read", path)
         return self.texts.get(path)
 
     def write(self, path: Path, text: str, mode: int | None) -> None:
+        self._need_no_directory("write", path)
         self.texts[path] = text
-        self.modes[path] = mode
+        self.modes[path] = self.modes.get(path, 0o644) if mode is None else mode
 
     def remove(self, path: Path) -> None:
+        self._need_no_directory("remove", path)
         self.texts.pop(path, None)
 
     def exists(self, path: Path) -> bool:
-        return path in self.texts
+        return path in self.texts or self._is_directory(path)
+
+    def sha256(self, path: Path) -> str | None:
+        text = self.read(path)
+        return None if text is None else hashlib.sha256(text.encode()).hexdigest()
 
     @contextlib.contextmanager
     def try_lock(self, path: Path) -> Iterator[bool]:
@@ -82,7 +101,9 @@ class FakeFiles:
         return path in self.held
 
     def unpack_program(self, archive: Path, path: Path) -> None:
-        self.texts[path] = self.texts[archive]
+        if archive not in self.texts:
+            raise HostError("unpack", archive, "No such file or directory")
+        self.write(path, self.texts[archive], 0o755)
 
     def forget_run(self) -> None:
         self.texts = {path: text for path, text in self.texts.items() if path.parts[1] != "run"}
@@ -95,8 +116,9 @@ class FakeWeb:
     def fetch(self, location: str, path: Path, sha256: str) -> None:
         if location not in self.contents:
             raise HostError("fetch", location, "404 Not Found")
-        if self.contents[location] != sha256:
-            raise HostError("fetch", location, f"its sha256 is not {sha256}")
+        found = hashlib.sha256(self.contents[location].encode()).hexdigest()
+        if found != sha256:
+            raise HostError("fetch", location, f"its sha256 is {found}, not {sha256}")
         self.files.write(path, self.contents[location], 0o600)
 
 
@@ -109,6 +131,11 @@ class Swarm:
     managers: set[str] = field(default_factory=set)
     workers: set[str] = field(default_factory=set)
     services: int = 0
+    gone: int = 0  # nodes that left; a Swarm lists them as down until somebody removes them
+
+    @property
+    def nodes(self) -> int:
+        return len(self.managers | self.workers) + self.gone
 
     @property
     def tokens(self) -> tuple[str, str]:
@@ -165,9 +192,12 @@ class FakeConsul:
         self.registered: dict[str, Service] = {}
         self.vouched: dict[str, bool] = {}
 
-    def _need_leader(self) -> None:
+    def _need_up(self) -> None:
         if not self.machine.consul_is_up:
             raise HostError("ask", "Consul", "connection refused")
+
+    def _need_leader(self) -> None:
+        self._need_up()
         if not self.world.leader():
             raise HostError("ask", "Consul", "500 No cluster leader")
 
@@ -180,16 +210,20 @@ class FakeConsul:
         )
 
     def leader(self) -> str:
+        self._need_up()
         return self.world.leader()
 
     def members(self) -> tuple[Member, ...]:
+        self._need_up()
         return tuple(
             Member(m.name, m.address, m.consul_is_up, m.spec.is_server)
             for m in self.world.machines.values()
         )
 
     def join(self, address: str) -> None:
-        raise HostError("join", address, "not in this world")
+        self._need_up()
+        if not any(m.address == address and m.consul_is_up for m in self.world.machines.values()):
+            raise HostError(f"join {address} to", "Consul", "500 connection refused")
 
     def get(self, prefix: str) -> Mapping[str, Entry]:
         self._need_leader()
@@ -202,7 +236,7 @@ class FakeConsul:
             entry = kv.get(op.key)
             if op.verb == "check-not-exists" and entry is not None:
                 return False
-            if op.verb in ("cas", "check-index") and (entry is None or entry.index != op.index):
+            if op.verb in ("cas", "check-index") and op.index != (entry.index if entry else 0):
                 return False
             if op.verb == "lock" and (
                 op.session not in self.world.sessions
@@ -211,8 +245,10 @@ class FakeConsul:
                 return False
         for op in ops:
             if op.verb in ("set", "cas", "lock"):
-                held = kv[op.key].session if op.key in kv else ""
-                kv[op.key] = Entry(op.value, next(self.world.index), op.session or held)
+                old = kv.get(op.key)
+                new = Entry(op.value, 0, op.session or (old.session if old else ""))
+                if old is None or replace(old, index=0) != new:
+                    kv[op.key] = replace(new, index=next(self.world.index))
         return True
 
     def create_session(self, name: str, ttl_s: int) -> str:
@@ -233,23 +269,33 @@ class FakeConsul:
     def instances(self, service: str) -> Mapping[str, bool]:
         self._need_leader()
         return {
-            f"{m.address}:{found.port}": m.consul_is_up and m.engine_is_up
+            f"{m.address}:{found.port}": m.consul_is_up and m.consul._passes(found)
             for m in self.world.machines.values()
             for found in m.consul.registered.values()
             if found.name == service
         }
 
+    def _passes(self, service: Service) -> bool:
+        return self.machine.engine_is_up if service.tcp else self.vouched.get(service.id, True)
+
     def services(self) -> Mapping[str, Service]:
+        self._need_up()
         return dict(self.registered)
 
     def register(self, service: Service) -> None:
-        self.registered[service.id] = service
+        self._need_up()
+        self.registered[service.id] = service  # its check stays as it was vouched for
 
     def deregister(self, service_id: str) -> None:
-        del self.registered[service_id]
+        self._need_up()
+        self.registered.pop(service_id, None)
+        self.vouched.pop(service_id, None)
 
     def vouch(self, service_id: str, passing: bool, note: str) -> None:
-        assert service_id in self.registered
+        self._need_up()
+        service = self.registered.get(service_id)
+        if service is None or not service.ttl_s:
+            raise HostError(f"vouch for {service_id} in", "Consul", "500 has no TTL check")
         self.vouched[service_id] = passing
 
     def watch(self, prefix: str, wake: Callable[[], None], stop: threading.Event) -> None:
@@ -265,6 +311,7 @@ class FakeEngine:
         self.log_driver = "json-file"
         self.swarm_id = ""
         self.state = "inactive"
+        self.node_id = ""
         self.inits = 0
         self.joins = 0
 
@@ -285,41 +332,56 @@ class FakeEngine:
         is_manager = name in swarm.managers
         return SwarmInfo(
             state="active",
-            node_id=f"node-{name}",
+            node_id=self.node_id,
             is_manager=is_manager,
             cluster_id=swarm.id,
             labels=swarm.labels if is_manager else {},
-            nodes=len(swarm.managers | swarm.workers) if is_manager else 0,
+            nodes=swarm.nodes if is_manager else 0,
         )
 
-    def swarm_tokens(self) -> tuple[str, str]:
+    def _managed(self) -> Swarm:
         self._need_up()
-        return self.world.swarms[self.swarm_id].tokens
+        swarm = self.world.swarms.get(self.swarm_id)
+        if swarm is None or self.machine.name not in swarm.managers:
+            raise HostError("ask", "the Docker Engine", "this node is not a swarm manager")
+        return swarm
+
+    def swarm_tokens(self) -> tuple[str, str]:
+        return self._managed().tokens
 
     def swarm_is_bare(self) -> bool:
-        swarm = self.world.swarms[self.swarm_id]
-        return not swarm.services and len(swarm.managers | swarm.workers) == 1
+        swarm = self._managed()
+        return not swarm.services and swarm.nodes == 1
 
     def swarm_init(self, address: str, labels: Mapping[str, str]) -> None:
         self._need_up()
         if self.swarm_id:
             raise HostError("initialise a Swarm on", "the Docker Engine", "already part of a swarm")
+        if address != self.machine.address:
+            raise HostError("initialise a Swarm on", "the Docker Engine", "not on this machine")
         swarm = Swarm(f"swarm-{next(self.world.ids)}", dict(labels), {self.machine.name})
         self.world.swarms[swarm.id] = swarm
-        self.swarm_id = swarm.id
+        self.swarm_id, self.node_id = swarm.id, f"node-{next(self.world.ids)}"
         self.inits += 1
 
     def swarm_join(self, address: str, manager: str, token: str) -> None:
         self._need_up()
-        through = next(m for m in self.world.machines.values() if manager.startswith(m.address))
-        swarm = self.world.swarms.get(through.engine.swarm_id)
-        if swarm is None or not through.engine_is_up or through.name not in swarm.managers:
+        if self.swarm_id:
+            raise HostError("join", "the Docker Engine", "it is in a Swarm already")
+        through = {f"{m.address}:2377": m for m in self.world.machines.values()}.get(manager)
+        swarm = self.world.swarms.get(through.engine.swarm_id) if through else None
+        if (
+            through is None
+            or swarm is None
+            or not through.engine_is_up
+            or through.name not in swarm.managers
+        ):
             raise HostError("join", "the Docker Engine", "connection refused")
         if token not in swarm.tokens:
             raise HostError("join", "the Docker Engine", "invalid join token")
         as_manager = token == swarm.tokens[1]
         (swarm.managers if as_manager else swarm.workers).add(self.machine.name)
-        self.swarm_id = swarm.id
+        self.swarm_id, self.node_id = swarm.id, f"node-{next(self.world.ids)}"
         self.joins += 1
 
     def swarm_leave(self) -> None:
@@ -328,7 +390,8 @@ class FakeEngine:
         if swarm is not None:
             swarm.managers.discard(self.machine.name)
             swarm.workers.discard(self.machine.name)
-        self.swarm_id, self.state = "", "inactive"
+            swarm.gone += 1
+        self.swarm_id, self.node_id, self.state = "", "", "inactive"
 
 
 class FakeSystemEngine:
@@ -341,32 +404,49 @@ class FakeSystemEngine:
         self.containers: dict[str, ContainerState] = {}
         self.runs = 0
 
+    @property
+    def _is_up(self) -> bool:
+        return self.machine.systemd.units[paths.SYSTEM_ENGINE_UNIT].is_active
+
+    def _need_up(self) -> None:
+        if not self._is_up:
+            raise HostError("ask", "the System Engine", "connection refused")
+
     def info(self) -> EngineInfo | None:
-        if not self.machine.systemd.units[paths.SYSTEM_ENGINE_UNIT].is_active:
-            return None
-        return EngineInfo("26.1.5", "json-file", True, SwarmInfo())
+        return EngineInfo("26.1.5", "json-file", True, SwarmInfo()) if self._is_up else None
 
     def has_image(self, image: str) -> bool:
+        self._need_up()
         return image in self.images
 
     def load_image(self, archive: Path) -> tuple[str, ...]:
+        self._need_up()
+        if not self.machine.files.exists(archive):
+            raise HostError("load an image into", "the System Engine", f"no file {archive}")
         self.images.add("from/archive:1")
         return ("from/archive:1",)
 
     def pull_image(self, image: str) -> None:
+        self._need_up()
         if image not in self.registry:
             raise HostError("pull", image, "manifest unknown")
         self.images.add(image)
 
     def container(self, name: str) -> ContainerState | None:
+        self._need_up()
         return self.containers.get(name)
 
     def run_container(self, container: Container) -> None:
-        assert container.image in self.images
+        self._need_up()
+        if container.image not in self.images:
+            raise HostError("run", container.name, f"no image {container.image}")
         self.containers[container.name] = ContainerState(container.definition, "running")
         self.runs += 1
 
     def start_container(self, name: str) -> None:
+        self._need_up()
+        if name not in self.containers:
+            raise HostError("start", name, "no such container")
         self.containers[name] = replace(self.containers[name], status="running")
 
 
@@ -380,6 +460,7 @@ class FakeSystemd:
             paths.SYSTEM_ENGINE_UNIT: Unit("loaded", "inactive", "", "disabled"),
             paths.CONSUL_UNIT: Unit("loaded", "inactive", "", "disabled"),
         }
+        self.failing: dict[str, tuple[str, ...]] = {}  # units that fail, and what they say then
         self.told: list[dict[str, str]] = []
         self.restarts = 0
 
@@ -389,10 +470,27 @@ class FakeSystemd:
     def unit(self, name: str) -> Unit:
         return self.units.get(name, Unit("not-found", "inactive"))
 
+    def _known(self, operation: str, name: str) -> Unit:
+        unit = self.unit(name)
+        if not unit.exists:
+            raise HostError(f"run systemctl {operation} for", name, f"Unit {name} is {unit.load}.")
+        return unit
+
     def start(self, name: str) -> None:
-        if not self.units[name].is_active:
-            invocation = f"run-{next(self.machine.world.ids)}"
-            self.units[name] = replace(self.units[name], active="active", invocation=invocation)
+        unit = self._known("start", name)
+        if unit.is_active:
+            return
+        invocation = f"run-{next(self.machine.world.ids)}"
+        if name in self.failing:
+            self.units[name] = replace(
+                unit, active="failed", invocation=invocation, result="exit-code"
+            )
+            raise HostError("run systemctl start for", name, f"Job for {name} failed")
+        self.units[name] = replace(unit, active="active", invocation=invocation, result="success")
+
+    def start_soon(self, name: str) -> None:
+        with contextlib.suppress(HostError):
+            self.restart(name)
 
     def restart(self, name: str) -> None:
         self.stop(name)
@@ -400,13 +498,23 @@ class FakeSystemd:
         self.restarts += 1
 
     def stop(self, name: str) -> None:
-        self.units[name] = replace(self.units[name], active="inactive")
+        unit = self._known("stop", name)
+        self.units[name] = replace(unit, active="inactive")
 
     def enable(self, name: str) -> None:
-        self.units[name] = replace(self.units[name], enabled="enabled")
+        self.units[name] = replace(self._known("enable", name), enabled="enabled")
+
+    def disable(self, name: str) -> None:
+        self.units[name] = replace(self._known("disable", name), enabled="disabled")
+
+    def reload(self) -> None:
+        pass
 
     def last_lines(self, name: str, count: int) -> tuple[str, ...]:
-        return ("level=fatal msg=boom",)
+        return self.failing.get(name, ())[-count:]
+
+    def watch(self, name: str, wake: Callable[[], None], stop: threading.Event) -> None:
+        raise AssertionError("not in this world")
 
     def notify(self, **values: str) -> None:
         self.told.append(values)

@@ -36,7 +36,7 @@ def analyze(*arguments: str) -> str:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A root file system with the units and, empty, the programs that they start."""
+    """A root file system of the units, and of what they name in the emptiest form there is."""
     shutil.copytree(UNITS, tmp_path / "etc/systemd/system")
     for program in (
         "opt/nodeagent/nodeagent",
@@ -49,8 +49,10 @@ def root(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("#!/bin/sh\n")
         path.chmod(0o755)
-    for unit in ("containerd.service", "docker.service"):
-        (tmp_path / "etc/systemd/system" / unit).write_text("[Service]\nExecStart=/usr/bin/sh\n")
+    others = tmp_path / "etc/systemd/system"
+    (others / "containerd.service").write_text("[Service]\nExecStart=/usr/bin/sh\n")
+    for target in ("sysinit", "basic", "shutdown", "network-online"):
+        (others / f"{target}.target").write_text("[Unit]\nDefaultDependencies=no\n")
     return tmp_path
 
 
@@ -58,8 +60,7 @@ def root(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", sorted(path.name for path in UNITS.iterdir()))
 def test_systemd_finds_nothing_to_say(name: str, root: Path) -> None:
     said = analyze("verify", f"--root={root}", str(root / "etc/systemd/system" / name))
-    ours = [line for line in said.splitlines() if "nodeagent" in line]
-    assert ours == [], said
+    assert said == "exit 0"
 
 
 @needs_systemd

@@ -1,4 +1,4 @@
-"""User-data is valid, small and readable, and what it carries installs nodeagent or says why not."""
+"""User-data is valid, small and readable; what it carries installs nodeagent or says why not."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ from nodeagent.spec import Agent, Cluster, Role, Spec
 PROJECT = Path(__file__).parents[2]
 BOOTSTRAP = PROJECT / "cloud-init/bootstrap.py"
 STAGE = "/opt/nodeagent/user-data"
+NOWHERE = Agent()
 
 
-def cluster(*, servers: int = 3, join: tuple[str, ...] = ("10.10.0.11",), **agent: str) -> Cluster:
+def cluster(
+    agent: Agent = NOWHERE, *, servers: int = 3, join: tuple[str, ...] = ("10.10.0.11",)
+) -> Cluster:
     return Cluster(
         cluster="demo",
         servers=servers,
         address="10.10.0.0/16",
         join=join,
         security="off",
-        agent=Agent(**agent),
+        agent=agent,
     )
 
 
@@ -43,7 +46,7 @@ def files_of(document: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("role", ["server", "worker"])
 def test_it_carries_the_spec_of_its_role_for_root_alone(role: Role) -> None:
-    document = userdata.render(cluster(url="https://example.com/x", sha256="0" * 64), role)
+    document = userdata.render(cluster(Agent(url="https://example.com/x", sha256="0" * 64)), role)
     assert document.startswith(f"#cloud-config\n# {role} of cluster demo")
     staged = files_of(document)[f"{STAGE}/node.yaml"]
     assert staged["permissions"] == "0600"
@@ -73,13 +76,13 @@ def test_it_runs_the_bootstrap_script_as_committed() -> None:
     ],
 )
 def test_the_script_is_told_where_nodeagent_comes_from(agent: dict[str, str]) -> None:
-    config = files_of(userdata.render(cluster(**agent), "worker"))[f"{STAGE}/bootstrap.json"]
+    config = files_of(userdata.render(cluster(Agent(**agent)), "worker"))[f"{STAGE}/bootstrap.json"]
     assert json.loads(config["content"]) == {"spec": f"{STAGE}/node.yaml", **agent}
 
 
 def test_more_than_a_provider_takes_is_refused() -> None:
     assert len(userdata.render(cluster(join=("10.10.0.11",) * 1000), "server")) < 64 * 1024
-    with pytest.raises(UsageError, match="providers take 65536 at most; .* a DNS name in `join`"):
+    with pytest.raises(UsageError, match=r"providers take 65536 at most; .* a DNS name in `join`"):
         userdata.render(cluster(join=("10.10.0.11",) * 4000), "server")
 
 
@@ -101,7 +104,7 @@ def test_the_examples_are_what_would_be_made_now(role: Role) -> None:
 @pytest.mark.parametrize("role", ["server", "worker"])
 def test_cloud_init_itself_finds_it_valid(role: Role, tmp_path: Path) -> None:
     path = tmp_path / "user-data"
-    path.write_text(userdata.render(cluster(package="nodeagent"), role))
+    path.write_text(userdata.render(cluster(Agent(package="nodeagent")), role))
     checked = subprocess.run(
         ["cloud-init", "schema", "--config-file", str(path)],
         capture_output=True,

@@ -1,0 +1,524 @@
+"""What the program relies on in Consul, asked of the fake and of a real Consul 1.8.7."""
+# ruff: noqa: ARG001 - a fixture may be needed for what it does alone
+
+from __future__ import annotations
+
+import itertools
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from nodeagent.adapters.consul import TIMEOUT_S, LocalConsul
+from nodeagent.adapters.resolver import DnsResolver
+from nodeagent.errors import HostError
+from nodeagent.host import ConsulAgent, ContainerState, Op, Resolver, Service
+from tests.contract.surroundings import ConsulNode, needs_root, own_network
+from tests.lab import images
+from tests.lab.host import wait_until
+from tests.unit.fakes import World, make_spec
+
+REAL = pytest.param("real", marks=[pytest.mark.lab, needs_root])
+SETTLE_S = 15  # for what Consul does soon, but not before it answers
+
+
+@dataclass
+class Rig:
+    """A cluster of two: a server that leads, and another node."""
+
+    agent: ConsulAgent
+    other: ConsulAgent
+    address: str
+    other_address: str
+    resolver: Resolver
+
+
+def fake_rig(servers: int = 1) -> Rig:
+    world = World()
+    one = world.machine(make_spec("server", servers=servers), "127.0.0.2")
+    two = world.machine(make_spec("worker", servers=servers), "127.0.0.3")
+    for machine in (one, two):
+        machine.system_engine.containers["consul"] = ContainerState("", "running")
+    return Rig(one.consul, two.consul, one.address, two.address, one.resolver)
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[None]:
+    with own_network():
+        yield
+
+
+@pytest.fixture(scope="module")
+def real_rig(network: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    top, binary = tmp_path_factory.mktemp("consul"), images.consul_binary()
+    one = ConsulNode(binary, top / "one", 2, expect=1, dns=8600)
+    two = ConsulNode(binary, top / "two", 3, expect=0, dns=-1)
+    with one.running(leader=True), two.running(leader=False):
+        two.agent.join(one.address)
+        wait_until(lambda: two.agent.leader(), SETTLE_S, "the other node to know the leader")
+        yield Rig(one.agent, two.agent, one.address, two.address, DnsResolver())
+
+
+@pytest.fixture(scope="module", params=["fake", REAL])
+def rig(request: pytest.FixtureRequest) -> Rig:
+    found = fake_rig() if request.param == "fake" else request.getfixturevalue("real_rig")
+    assert isinstance(found, Rig)
+    return found
+
+
+@pytest.fixture
+def prefix(request: pytest.FixtureRequest) -> str:
+    """A part of the KV store that no other test uses."""
+    return f"{request.node.name}/"
+
+
+@pytest.fixture
+def session(rig: Rig) -> Iterator[str]:
+    made = rig.agent.create_session("contract", 30)
+    yield made
+    rig.agent.destroy_session(made)
+
+
+# -- the agent and its cluster
+
+
+def test_it_describes_itself(rig: Rig) -> None:
+    for agent, address, is_server in (
+        (rig.agent, rig.address, True),
+        (rig.other, rig.other_address, False),
+    ):
+        found = agent.self()
+        assert found is not None
+        assert (found.address, found.server) == (address, is_server)
+        assert found.node_name
+        assert found.datacenter
+        assert int(found.version.split(".")[0]) >= 1
+
+
+def test_everybody_names_the_same_leader(rig: Rig) -> None:
+    assert rig.agent.leader() == rig.other.leader() == f"{rig.address}:8300"
+
+
+def test_members_are_told_apart(rig: Rig) -> None:
+    for agent in (rig.agent, rig.other):
+        found = {member.address: member for member in agent.members()}
+        assert set(found) == {rig.address, rig.other_address}
+        assert all(member.alive for member in found.values())
+        assert found[rig.address].server
+        assert not found[rig.other_address].server
+
+
+def test_to_join_a_member_again_is_harmless(rig: Rig) -> None:
+    rig.other.join(rig.address)
+    assert len(rig.other.members()) == 2
+
+
+def test_to_join_nobody_is_an_error(rig: Rig) -> None:
+    with pytest.raises(HostError, match=r"127\.0\.0\.99"):
+        rig.agent.join("127.0.0.99")
+
+
+def test_srv_names_every_server(rig: Rig) -> None:
+    assert len(rig.resolver.consul_servers("consul")) == 1
+
+
+# -- the KV store
+
+
+def test_what_is_not_there_is_no_error(rig: Rig, prefix: str) -> None:
+    assert rig.agent.get(prefix) == {}
+
+
+@pytest.mark.parametrize("text", ["", "plain", "Zürich → 東京 \0 \n", "x" * 100_000])
+def test_text_comes_back_as_it_was(rig: Rig, prefix: str, text: str) -> None:
+    key = f"{prefix.partition('[')[0]}{len(text)}/"
+    assert rig.agent.transact(Op("set", f"{key}a", text))
+    entry = rig.other.get(key)[f"{key}a"]
+    assert (entry.value, entry.session) == (text, "")
+    assert entry.index > 0
+
+
+def test_get_returns_the_keys_below_its_prefix_alone(rig: Rig, prefix: str) -> None:
+    assert rig.agent.transact(
+        *(Op("set", f"{prefix}{key}", key) for key in ("a", "a/b", "ab", "b"))
+    )
+    assert set(rig.agent.get(f"{prefix}a")) == {f"{prefix}{key}" for key in ("a", "a/b", "ab")}
+
+
+def test_an_index_moves_with_the_value_only(rig: Rig, prefix: str) -> None:
+    key = f"{prefix}a"
+    indexes = []
+    for value in ("one", "one", "two"):
+        assert rig.agent.transact(Op("set", key, value))
+        indexes.append(rig.agent.get(prefix)[key].index)
+    assert indexes[0] == indexes[1] < indexes[2]
+
+
+def test_check_not_exists(rig: Rig, prefix: str) -> None:
+    create = (Op("check-not-exists", f"{prefix}a"), Op("set", f"{prefix}a", "first"))
+    assert rig.agent.transact(*create)
+    assert not rig.other.transact(create[0], Op("set", f"{prefix}a", "second"))
+    assert rig.agent.get(prefix)[f"{prefix}a"].value == "first"
+
+
+def test_cas_needs_the_very_index(rig: Rig, prefix: str) -> None:
+    key = f"{prefix}a"
+    assert not rig.agent.transact(Op("cas", key, "none", index=1))
+    assert rig.agent.transact(Op("cas", key, "new", index=0)), "0 stands for: not there"
+    assert not rig.agent.transact(Op("cas", key, "again", index=0))
+    index = rig.agent.get(prefix)[key].index
+    assert not rig.agent.transact(Op("cas", key, "stale", index=index - 1))
+    assert rig.agent.transact(Op("cas", key, "next", index=index))
+    assert not rig.agent.transact(Op("cas", key, "late", index=index))
+    assert rig.agent.get(prefix)[key].value == "next"
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_a_transaction_is_all_or_nothing(rig: Rig, prefix: str, position: int) -> None:
+    prefix = f"all-or-nothing-{position}/"
+    assert rig.agent.transact(Op("set", f"{prefix}a", "old"))
+    index = rig.agent.get(prefix)[f"{prefix}a"].index
+    writes = [Op("set", f"{prefix}b", "b"), Op("set", f"{prefix}c", "c")]
+    stale = Op("cas", f"{prefix}a", "new", index=index + 1_000_000)
+    assert not rig.agent.transact(*writes[:position], stale, *writes[position:])
+    assert {key: entry.value for key, entry in rig.agent.get(prefix).items()} == {
+        f"{prefix}a": "old"
+    }
+    right = Op("cas", f"{prefix}a", "new", index=index)
+    assert rig.agent.transact(*writes[:position], right, *writes[position:])
+    assert {entry.value for entry in rig.agent.get(prefix).values()} == {"new", "b", "c"}
+
+
+# -- sessions and locks
+
+
+def test_a_lock_has_one_holder(rig: Rig, prefix: str, session: str) -> None:
+    key, rival = f"{prefix}a", rig.other.create_session("rival", 30)
+    assert rig.agent.transact(Op("lock", key, "mine", session=session))
+    assert not rig.other.transact(Op("lock", key, "theirs", session=rival))
+    entry = rig.other.get(prefix)[key]
+    assert (entry.value, entry.session) == ("mine", session)
+    assert rig.agent.transact(Op("lock", key, "mine still", session=session))
+    assert rig.agent.get(prefix)[key].value == "mine still"
+    rig.other.destroy_session(rival)
+
+
+def test_a_lock_can_require_that_the_key_is_new(rig: Rig, prefix: str, session: str) -> None:
+    take = (Op("check-not-exists", f"{prefix}a"), Op("lock", f"{prefix}a", "x", session=session))
+    assert rig.agent.transact(*take)
+    assert not rig.agent.transact(*take)
+
+
+def test_a_lock_can_require_that_the_key_is_as_it_was_seen(
+    rig: Rig, prefix: str, session: str
+) -> None:
+    key = f"{prefix}a"
+    assert rig.agent.transact(Op("set", key, "seen"))
+    index = rig.agent.get(prefix)[key].index
+    lock = Op("lock", key, "taken", session=session)
+    assert not rig.agent.transact(Op("check-index", key, index=index + 1_000_000), lock)
+    assert rig.agent.get(prefix)[key].session == ""
+    assert rig.agent.transact(Op("check-index", key, index=index), lock)
+    assert rig.agent.get(prefix)[key].session == session
+
+
+def test_a_write_keeps_the_lock(rig: Rig, prefix: str, session: str) -> None:
+    key = f"{prefix}a"
+    assert rig.agent.transact(Op("lock", key, "1", session=session))
+    assert rig.agent.transact(Op("set", key, "2"))
+    index = rig.agent.get(prefix)[key].index
+    assert rig.agent.transact(Op("cas", key, "3", index=index))
+    entry = rig.agent.get(prefix)[key]
+    assert (entry.value, entry.session) == ("3", session)
+
+
+def test_the_end_of_a_session_frees_its_locks_at_once(rig: Rig, prefix: str) -> None:
+    keys = {f"{prefix}a", f"{prefix}b"}
+    first, second = (rig.agent.create_session(name, 30) for name in ("first", "second"))
+    assert rig.agent.transact(*(Op("lock", key, "kept", session=first) for key in keys))
+    before = rig.agent.get(prefix)
+    rig.agent.destroy_session(first)
+    after = rig.agent.get(prefix)
+    assert set(after) == keys
+    for key in keys:
+        assert (after[key].value, after[key].session) == ("kept", "")
+        assert after[key].index > before[key].index
+    # Without the 15 s for which Consul keeps a lock from others unless told not to.
+    assert rig.agent.transact(*(Op("lock", key, "new", session=second) for key in keys))
+    rig.agent.destroy_session(second)
+
+
+def test_a_session_lives_until_it_is_destroyed(rig: Rig, prefix: str) -> None:
+    session = rig.agent.create_session("short", 30)
+    assert rig.agent.renew_session(session)
+    assert rig.other.renew_session(session)
+    rig.agent.destroy_session(session)
+    assert not rig.agent.renew_session(session)
+    assert not rig.agent.transact(Op("lock", f"{prefix}a", "x", session=session))
+    assert rig.agent.get(prefix) == {}
+    rig.agent.destroy_session(session)  # again: no error
+
+
+# -- services
+
+SERVICES = [
+    Service("swarm-manager", 2377, (), {"swarm": "abc"}, tcp="127.0.0.1:2377"),
+    Service("nodeagent", 0, ("server", "two"), {"cluster": "demo", "note": "Zürich"}, ttl_s=90),
+    Service("docker-engine", 0, (), {}, ttl_s=90),
+]
+
+
+@pytest.mark.parametrize("service", SERVICES, ids=lambda service: service.name)
+def test_a_service_comes_back_equal(rig: Rig, service: Service) -> None:
+    rig.agent.register(service)
+    assert rig.agent.services() == {service.id: service}
+    assert rig.other.services() == {}, "another node's are not ours"
+    moved = Service(service.name, 1234, ("moved",), {"a": "b"}, ttl_s=30)
+    rig.agent.register(moved)
+    assert rig.agent.services() == {service.id: moved}
+    rig.agent.deregister(service.id)
+    assert rig.agent.services() == {}
+
+
+def test_to_deregister_what_is_not_there_is_harmless(rig: Rig) -> None:
+    rig.agent.deregister("nodeagent:nothing")
+
+
+def test_an_instance_is_as_healthy_as_it_is_vouched_for(rig: Rig) -> None:
+    service = Service("vouched", 1, (), {}, ttl_s=90)
+    rig.agent.register(service)
+    rig.other.register(service)
+    ours, theirs = f"{rig.address}:1", f"{rig.other_address}:1"
+
+    def until(**wanted: bool) -> None:
+        expected = {ours: wanted["us"], theirs: wanted["them"]}
+        wait_until(
+            lambda: all(each.instances("vouched") == expected for each in (rig.agent, rig.other)),
+            SETTLE_S,
+            f"the catalogue to say {expected}",
+        )
+
+    until(us=True, them=True)
+    rig.agent.vouch(service.id, False, "Zürich: failing at engine")
+    until(us=False, them=True)
+    rig.agent.vouch(service.id, True, "ready")
+    until(us=True, them=True)
+    rig.agent.vouch(service.id, False, "once more")
+    rig.agent.register(Service("vouched", 1, ("changed",), {}, ttl_s=90))
+    until(us=False, them=True)
+    for agent in (rig.agent, rig.other):
+        agent.deregister(service.id)
+    wait_until(lambda: rig.agent.instances("vouched") == {}, SETTLE_S, "an empty catalogue")
+
+
+def test_vouching_needs_a_check_to_vouch_for(rig: Rig) -> None:
+    with pytest.raises(HostError, match="nodeagent:nothing"):
+        rig.agent.vouch("nodeagent:nothing", True, "")
+    service = Service("connects", 1, (), {}, tcp=f"{rig.address}:8300")
+    rig.agent.register(service)
+    with pytest.raises(HostError, match="nodeagent:connects"):
+        rig.agent.vouch(service.id, True, "")
+    rig.agent.deregister(service.id)
+
+
+# -- failures
+
+
+def failures(agent: Callable[[], ConsulAgent], *names: str) -> dict[str, HostError | None]:
+    """What each call of `names` raises; at the same time, for each may take seconds."""
+    calls: dict[str, Callable[[ConsulAgent], object]] = {
+        "self": lambda a: a.self(),
+        "leader": lambda a: a.leader(),
+        "members": lambda a: a.members(),
+        "join": lambda a: a.join("127.0.0.2"),
+        "get": lambda a: a.get("x/"),
+        "transact": lambda a: a.transact(Op("set", "x/a", "1")),
+        "create_session": lambda a: a.create_session("x", 30),
+        "renew_session": lambda a: a.renew_session("5f1b4c1e-0000-4000-8000-000000000000"),
+        "destroy_session": lambda a: a.destroy_session("5f1b4c1e-0000-4000-8000-000000000000"),
+        "instances": lambda a: a.instances("x"),
+        "services": lambda a: a.services(),
+        "register": lambda a: a.register(Service("x", 1, (), {}, ttl_s=30)),
+        "deregister": lambda a: a.deregister("nodeagent:x"),
+        "vouch": lambda a: a.vouch("nodeagent:x", True, ""),
+    }
+
+    def attempt(name: str) -> HostError | None:
+        try:
+            calls[name](agent())
+        except HostError as error:
+            return error
+        return None
+
+    wanted = names or tuple(calls)
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        return dict(zip(wanted, pool.map(attempt, wanted), strict=True))
+
+
+NEED_A_LEADER = (
+    "get", "transact", "create_session", "renew_session", "destroy_session", "instances",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lonely(network: None, tmp_path_factory: pytest.TempPathFactory) -> ConsulNode:
+    """The first of three servers, whose others never come; off."""
+    top = tmp_path_factory.mktemp("lonely")
+    return ConsulNode(images.consul_binary(), top, 4, expect=3, dns=-1)
+
+
+def test_without_a_quorum_the_fake_says_so() -> None:
+    agent = fake_rig(servers=3).agent
+    assert agent.leader() == ""
+    assert agent.self() is not None
+    assert all(failures(lambda: agent, *NEED_A_LEADER).values())
+    assert failures(lambda: agent, "register", "services") == {"register": None, "services": None}
+    assert set(agent.services()) == {"nodeagent:x"}
+
+
+@pytest.mark.lab
+@needs_root
+def test_without_a_quorum_consul_says_so(lonely: ConsulNode) -> None:
+    with lonely.running(leader=False):
+        assert lonely.agent.leader() == ""
+        assert lonely.agent.self() is not None
+        began = time.monotonic()
+        found = failures(lambda: LocalConsul(port=lonely.port), *NEED_A_LEADER, "register")
+        assert time.monotonic() - began < 2 * TIMEOUT_S
+        assert found.pop("register") is None
+        for name, error in found.items():
+            assert error is not None, name
+            # Consul's own answer, not our time-out, which would say less.
+            assert "No cluster leader" in error.cause, name
+        assert set(lonely.agent.services()) == {"nodeagent:x"}
+
+
+@pytest.mark.parametrize("kind", ["fake", REAL])
+def test_nobody_listens(kind: str, request: pytest.FixtureRequest) -> None:
+    if kind == "real":
+        request.getfixturevalue("network")
+        agents: Callable[[], ConsulAgent] = lambda: LocalConsul(port=1)  # noqa: E731
+    else:
+        world = World()
+        machine = world.machine(make_spec("server", servers=1), "127.0.0.2")
+        agents = lambda: machine.consul  # noqa: E731
+    found = failures(agents)
+    assert found.pop("self") is None
+    assert agents().self() is None
+    assert [name for name, error in found.items() if error is None] == []
+
+
+@pytest.mark.lab
+@pytest.mark.full
+@needs_root
+def test_a_consul_that_hangs_is_an_error_in_bounded_time(lonely: ConsulNode) -> None:
+    with lonely.running(leader=False) as process:
+        process.signal(signal.SIGSTOP)
+        began = time.monotonic()
+        found = failures(lambda: LocalConsul(port=lonely.port))
+        assert time.monotonic() - began < 2 * TIMEOUT_S
+        assert [name for name, error in found.items() if error is None] == []
+
+
+class _Other(BaseHTTPRequestHandler):
+    """Something that is not Consul, and listens on its port."""
+
+    status, body = 404, b"<html>not here</html>"
+
+    def do_GET(self) -> None:
+        self.send_response(self.status)
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.lab
+@needs_root
+@pytest.mark.usefixtures("network")
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(404, b"<html>"), (200, b"<html>"), (200, b"{}"), (200, b"[]"), (200, b""), (503, b"later")],
+)
+def test_something_else_on_consuls_port_is_an_error(status: int, body: bytes) -> None:
+    handler = type("_This", (_Other,), {"status": status, "body": body})
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(HostError, match="Consul"):
+            LocalConsul(port=server.server_port).self()
+        server.shutdown()
+
+
+@pytest.mark.lab
+@pytest.mark.full
+@needs_root
+def test_a_check_that_connects_notices_that_nobody_listens(real_rig: Rig) -> None:
+    open_, closed = f"{real_rig.address}:8300", f"{real_rig.address}:1"
+    real_rig.agent.register(Service("open", 8300, (), {}, tcp=open_))
+    real_rig.agent.register(Service("closed", 1, (), {}, tcp=closed))
+    wait_until(
+        lambda: real_rig.other.instances("closed") == {closed: False},
+        2 * SETTLE_S,  # it looks every 10 s
+        "the check to fail",
+    )
+    assert real_rig.other.instances("open") == {open_: True}
+    for name in ("open", "closed"):
+        real_rig.agent.deregister(f"nodeagent:{name}")
+
+
+# -- the watch: the fake has none, for nothing happens in the background of its world
+
+
+class Watching:
+    """A watch in a thread of its own."""
+
+    def __init__(self, agent: ConsulAgent, prefix: str) -> None:
+        self.woken, self._stop = threading.Event(), threading.Event()
+        arguments = (prefix, self.woken.set, self._stop)
+        threading.Thread(target=agent.watch, args=arguments, daemon=True).start()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+
+def quiet(woken: threading.Event) -> bool:
+    woken.clear()
+    return not woken.wait(0.3)
+
+
+@pytest.mark.lab
+@needs_root
+def test_a_watch_wakes_on_changes_below_its_prefix(real_rig: Rig, prefix: str) -> None:
+    watching = Watching(real_rig.agent, prefix)
+    numbers = itertools.count()
+
+    def woken_by(key: str) -> bool:
+        real_rig.other.transact(Op("set", key, str(next(numbers))))
+        return watching.woken.wait(0.2)
+
+    wait_until(lambda: woken_by(f"{prefix}a"), SETTLE_S, "the watch to begin and wake")
+    session = real_rig.agent.create_session("held", 30)
+    assert real_rig.agent.transact(Op("lock", f"{prefix}a", "locked", session=session))
+    wait_until(lambda: quiet(watching.woken), 5, "the watch to be quiet again")
+    assert not woken_by("elsewhere/a")
+    real_rig.agent.destroy_session(session)
+    assert watching.woken.wait(5), "a lock's end is a change too"
+    watching.stop()
+
+
+@pytest.mark.lab
+@needs_root
+def test_a_watch_wakes_after_an_outage(network: None, tmp_path: Path) -> None:
+    node = ConsulNode(images.consul_binary(), tmp_path, 5, expect=1, dns=-1)
+    watching = Watching(node.agent, "x/")
+    with node.running(leader=True):
+        # Nothing was written: it wakes because something may have been while nobody could tell.
+        assert watching.woken.wait(SETTLE_S)
+    watching.stop()

@@ -1,0 +1,541 @@
+"""The Engine's options: the owner's are kept, ours are set, one restart, whenever it is killed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from nodeagent import paths
+from nodeagent.changes import KEEP_MODE, Change, WriteFile
+from nodeagent.converge import Apply, Cycle, make, run_cycle
+from nodeagent.host import EngineInfo, Host, SwarmInfo, Unit
+from nodeagent.plan import Plan
+from nodeagent.spec import Spec
+from nodeagent.steps import STEPS, engine
+from nodeagent.steps.engine import Seen
+from tests.unit.expect import said
+from tests.unit.fakes import FakeSystemd, Machine, World, make_spec
+
+OPTS = {"max-size": "10m", "max-file": "10", "compress": "true"}
+STOCK = {"log-driver": "json-file", "log-opts": OPTS}
+OURS = json.dumps(
+    {
+        "options": {
+            "log-driver": "json-file",
+            "log-opts max-size": "10m",
+            "log-opts max-file": "10",
+            "log-opts compress": "true",
+        },
+        "before": {},
+    }
+)
+RUNNING = Unit("loaded", "active", "run-0", "enabled")
+INFO = EngineInfo("26.1.5", "json-file", live_restore=False, swarm=SwarmInfo())
+RIGHT = Seen(RUNNING, INFO, json.dumps(STOCK), OURS, None)
+FRESH = replace(RIGHT, daemon_json=None, record=None)
+DONE = ["done Docker Engine 26.1.5, logs json-file"]
+DEFAULT = make_spec()
+TWENTY = make_spec(engine="{log: {max_size: 20m}}")
+LOCAL = make_spec(engine="{log: {driver: local}}")
+
+
+def test_log_options_of_a_spec_that_says_nothing() -> None:
+    assert file_after(FRESH, DEFAULT) == STOCK
+
+
+def file_after(seen: Seen, spec: Spec) -> Any:
+    """What daemon.json holds once the step's changes are made; itself if there are none."""
+    plan = engine.diff(spec, seen)
+    assert not plan.blocked, plan.blocked
+    for change in plan.changes:
+        if isinstance(change, WriteFile) and change.path == paths.DAEMON_JSON:
+            return json.loads(change.text)
+    return json.loads(seen.daemon_json or "null")
+
+
+@pytest.mark.parametrize(
+    ("daemon_json", "record", "spec", "wanted"),
+    [
+        pytest.param(None, None, DEFAULT, STOCK, id="no-file"),
+        pytest.param("", None, DEFAULT, STOCK, id="empty-file"),
+        pytest.param(" \n", None, DEFAULT, STOCK, id="blank-file"),
+        pytest.param("{}", None, DEFAULT, STOCK, id="empty-object"),
+        pytest.param("\ufeff{}", None, DEFAULT, STOCK, id="byte-order-mark"),
+        pytest.param("\ufeff", None, DEFAULT, STOCK, id="byte-order-mark-alone"),
+        pytest.param(
+            '\ufeff{"debug": true}', None, DEFAULT, {"debug": True, **STOCK}, id="owner-has-a-bom"
+        ),
+        pytest.param(
+            '{"insecure-registries": ["r:5000"], "dns": ["10.10.0.2"]}',
+            None,
+            DEFAULT,
+            {"insecure-registries": ["r:5000"], "dns": ["10.10.0.2"], **STOCK},
+            id="owner-has-registries",
+        ),
+        pytest.param(
+            '{"live-restore": false}', None, DEFAULT, {"live-restore": False, **STOCK},
+            id="live-restore-off-is-the-owners-to-say",
+        ),
+        pytest.param(
+            '{"log-driver": "syslog"}', None, DEFAULT, {"log-driver": "syslog"},
+            id="owner-has-syslog",
+        ),
+        pytest.param(
+            '{"log-driver": "json-file"}', None, DEFAULT, {"log-driver": "json-file"},
+            id="owner-has-json-file-without-rotation",
+        ),
+        pytest.param(
+            '{"log-opts": {"max-size": "50m"}}', None, DEFAULT,
+            {"log-driver": "json-file", "log-opts": {**OPTS, "max-size": "50m"}},
+            id="owner-has-a-size",
+        ),
+        pytest.param(
+            '{"log-opts": {"labels": "team"}}', None, DEFAULT,
+            {"log-driver": "json-file", "log-opts": {**OPTS, "labels": "team"}},
+            id="owner-has-another-log-option",
+        ),
+        pytest.param(
+            '{"log-opts": {"labels": "team"}}', None, TWENTY,
+            {"log-driver": "json-file", "log-opts": {**OPTS, "max-size": "20m", "labels": "team"}},
+            id="owner-has-another-log-option-than-the-spec-names",
+        ),
+        pytest.param(
+            json.dumps(STOCK), OURS, TWENTY, {**STOCK, "log-opts": {**OPTS, "max-size": "20m"}},
+            id="ours-from-an-earlier-spec-replaced",
+        ),
+        pytest.param(
+            json.dumps(STOCK), OURS, LOCAL, {**STOCK, "log-driver": "local"},
+            id="our-driver-from-an-earlier-spec-replaced",
+        ),
+        pytest.param(
+            json.dumps({**STOCK, "log-driver": "syslog", "log-opts": {}}), OURS, DEFAULT,
+            {"log-driver": "syslog", "log-opts": {}},
+            id="owner-took-over-with-syslog",
+        ),
+        pytest.param(
+            json.dumps({"log-driver": "json-file", "log-opts": {**OPTS, "max-size": "50m"}}),
+            OURS, DEFAULT,
+            {"log-driver": "json-file", "log-opts": {**OPTS, "max-size": "50m"}},
+            id="owner-changed-our-size",
+        ),
+    ],
+)  # fmt: skip
+def test_merge(daemon_json: str | None, record: str | None, spec: Spec, wanted: Any) -> None:
+    seen = replace(RIGHT, info=None, daemon_json=daemon_json, record=record)
+    assert file_after(seen, spec) == wanted
+
+
+MEND = "fix mend /etc/docker/daemon.json"
+BOTH = "fix remove one of the two, in /etc/docker/daemon.json or /etc/nodeagent/node.yaml"
+
+
+@pytest.mark.parametrize(
+    ("daemon_json", "spec", "plan"),
+    [
+        pytest.param(
+            '{"log-driver": "syslog"}', TWENTY,
+            ['block log-driver is "syslog" in /etc/docker/daemon.json '
+             'and "json-file" by /etc/nodeagent/node.yaml', BOTH],
+            id="owner-has-syslog-and-the-spec-another",
+        ),
+        pytest.param(
+            '{"log-driver": "json-file", "log-opts": {"max-size": "50m"}}', TWENTY,
+            ['block log-opts max-size is "50m" in /etc/docker/daemon.json '
+             'and "20m" by /etc/nodeagent/node.yaml', BOTH],
+            id="owner-has-a-size-and-the-spec-another",
+        ),
+        pytest.param(
+            '{"live-restore": true}', DEFAULT,
+            ["block live-restore in /etc/docker/daemon.json is true, "
+             "which an Engine in Swarm mode cannot have",
+             "fix remove live-restore from /etc/docker/daemon.json, "
+             "then systemctl restart docker.service"],
+            id="live-restore",
+        ),
+        pytest.param(
+            '{"cluster-store": "consul://127.0.0.1:8500"}', DEFAULT,
+            ['block cluster-store in /etc/docker/daemon.json is "consul://127.0.0.1:8500", '
+             "which an Engine in Swarm mode cannot have",
+             "fix remove cluster-store from /etc/docker/daemon.json, "
+             "then systemctl restart docker.service"],
+            id="cluster-store",
+        ),
+        pytest.param(
+            '{"cluster-advertise": "eth1:2376"}', DEFAULT,
+            ['block cluster-advertise in /etc/docker/daemon.json is "eth1:2376", '
+             "which an Engine in Swarm mode cannot have",
+             "fix remove cluster-advertise from /etc/docker/daemon.json, "
+             "then systemctl restart docker.service"],
+            id="cluster-advertise",
+        ),
+        pytest.param(
+            '{\n"debug": true,\n}', DEFAULT,
+            ["block /etc/docker/daemon.json cannot be read: line 3: "
+             "Expecting property name enclosed in double quotes", MEND],
+            id="trailing-comma",
+        ),
+        pytest.param(
+            "[]", DEFAULT,
+            ["block /etc/docker/daemon.json cannot be read: it holds no JSON object", MEND],
+            id="a-list",
+        ),
+        pytest.param(
+            "null", DEFAULT,
+            ["block /etc/docker/daemon.json cannot be read: it holds no JSON object", MEND],
+            id="null",
+        ),
+        pytest.param(
+            '{"log-opts": ["max-size=10m"]}', DEFAULT,
+            ["block /etc/docker/daemon.json cannot be read: its log-opts are no JSON object", MEND],
+            id="log-opts-a-list",
+        ),
+    ],
+)  # fmt: skip
+def test_blocked_by_the_owners_file(daemon_json: str, spec: Spec, plan: list[str]) -> None:
+    assert said(engine.diff(spec, replace(RIGHT, daemon_json=daemon_json, record=None))) == plan
+
+
+def unit(active: str, *, load: str = "loaded", enabled: str = "enabled") -> Unit:
+    return Unit(load, active, "run-7", enabled)
+
+
+@pytest.mark.parametrize(
+    ("seen", "plan"),
+    [
+        pytest.param(RIGHT, DONE, id="all-right"),
+        pytest.param(
+            FRESH,
+            ["do write /var/lib/nodeagent/engine-options.json",
+             "do write /run/nodeagent/engine-restart-pending",
+             "do write /etc/docker/daemon.json"],
+            id="stock-machine",
+        ),
+        pytest.param(
+            replace(FRESH, daemon_json="{}"),
+            ["do write /var/lib/nodeagent/originals/daemon.json",
+             "do write /var/lib/nodeagent/engine-options.json",
+             "do write /run/nodeagent/engine-restart-pending",
+             "do write /etc/docker/daemon.json"],
+            id="the-owners-file-is-copied-first",
+        ),
+        pytest.param(
+            replace(RIGHT, daemon_json="{}"),
+            ["do write /var/lib/nodeagent/engine-options.json",
+             "do write /run/nodeagent/engine-restart-pending",
+             "do write /etc/docker/daemon.json"],
+            id="the-copy-is-not-made-again",
+        ),
+        pytest.param(
+            replace(FRESH, unit=unit("inactive"), info=None),
+            ["do write /var/lib/nodeagent/engine-options.json", "do write /etc/docker/daemon.json"],
+            id="stopped-engine-needs-no-restart",
+        ),
+        pytest.param(
+            replace(RIGHT, record=OURS, restart_pending="run-0\n"),
+            ["do restart docker.service: /etc/docker/daemon.json changed"],
+            id="killed-before-restart",
+        ),
+        pytest.param(
+            replace(RIGHT, unit=unit("activating"), info=None, restart_pending="run-7\n"),
+            ["do restart docker.service: /etc/docker/daemon.json changed"],
+            id="killed-before-restart-of-an-engine-still-starting",
+        ),
+        pytest.param(
+            replace(RIGHT, restart_pending="run-before\n"),
+            ["do remove /run/nodeagent/engine-restart-pending"],
+            id="killed-after-restart",
+        ),
+        pytest.param(
+            replace(RIGHT, unit=unit("inactive"), info=None),
+            ["do start docker.service"],
+            id="stopped",
+        ),
+        pytest.param(
+            replace(RIGHT, unit=unit("inactive"), info=None, restart_pending="run-0\n"),
+            ["do start docker.service"],
+            id="stopped-before-the-restart",
+        ),
+        pytest.param(
+            replace(RIGHT, unit=unit("active", enabled="disabled")),
+            ["do enable docker.service"],
+            id="running-but-disabled",
+        ),
+        pytest.param(
+            replace(RIGHT, unit=unit("activating"), info=None),
+            ["wait docker.service to answer on its socket"],
+            id="starting",
+        ),
+        pytest.param(
+            replace(RIGHT, info=None),
+            ["wait docker.service to answer on its socket"],
+            id="running-but-silent",
+        ),
+        pytest.param(
+            replace(RIGHT, unit=unit("inactive", load="masked"), info=None),
+            ["block docker.service is masked", "fix systemctl unmask docker.service"],
+            id="masked",
+        ),
+        pytest.param(
+            replace(RIGHT, unit=unit("inactive", load="not-found"), info=None),
+            ["block no Docker Engine is installed (there is no docker.service)",
+             "fix apt-get install docker.io"],
+            id="absent",
+        ),
+        pytest.param(
+            replace(RIGHT, unit=unit("failed"), info=None, journal=("one", "fatal: no such log")),
+            ["block docker.service fails to start: fatal: no such log",
+             "fix journalctl -u docker.service, mend, then systemctl restart docker.service"],
+            id="failed",
+        ),
+        pytest.param(
+            replace(RIGHT, unit=unit("failed"), info=None),
+            ["block docker.service fails to start",
+             "fix journalctl -u docker.service, mend, then systemctl restart docker.service"],
+            id="failed-without-a-word",
+        ),
+        pytest.param(
+            replace(FRESH, info=replace(INFO, version="19.03.15")),
+            ["block Docker Engine 19.03.15 is too old", "fix install 20.10 or newer"],
+            id="too-old",
+        ),
+        pytest.param(
+            replace(RIGHT, info=replace(INFO, version="20.10.24+dfsg1")),
+            ["done Docker Engine 20.10.24+dfsg1, logs json-file"],
+            id="just-new-enough",
+        ),
+        pytest.param(
+            replace(RIGHT, info=replace(INFO, version="dev")),
+            ["done Docker Engine dev, logs json-file"],
+            id="a-build-without-a-number",
+        ),
+        pytest.param(
+            replace(RIGHT, info=replace(INFO, log_driver="syslog")),
+            ["block the Engine logs with syslog although /etc/docker/daemon.json asks for "
+             "json-file",
+             "fix systemctl cat docker.service; look for --log-driver; "
+             "then systemctl restart docker.service"],
+            id="a-flag-of-the-unit-wins",
+        ),
+        pytest.param(
+            replace(RIGHT, info=replace(INFO, live_restore=True)),
+            ["block the Engine runs with live-restore although /etc/docker/daemon.json does not "
+             "ask for it; an Engine in Swarm mode cannot have that",
+             "fix systemctl cat docker.service; look for --live-restore; "
+             "then systemctl restart docker.service"],
+            id="live-restore-by-a-flag-of-the-unit",
+        ),
+        pytest.param(
+            replace(RIGHT, record="{"),
+            ["block /var/lib/nodeagent/engine-options.json does not say which options are ours",
+             "fix rm /var/lib/nodeagent/engine-options.json; "
+             "the options in /etc/docker/daemon.json are then yours"],
+            id="record-torn",
+        ),
+        pytest.param(
+            replace(RIGHT, record='{"options": ["log-driver"]}'),
+            ["block /var/lib/nodeagent/engine-options.json does not say which options are ours",
+             "fix rm /var/lib/nodeagent/engine-options.json; "
+             "the options in /etc/docker/daemon.json are then yours"],
+            id="record-of-another-shape",
+        ),
+    ],
+)  # fmt: skip
+def test_plan(seen: Seen, plan: list[str]) -> None:
+    assert said(engine.diff(DEFAULT, seen)) == plan
+
+
+class Killed(BaseException):
+    """kill -9."""
+
+
+class RecordingSystemd(FakeSystemd):
+    """Knows which file the user's Engine started with."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(machine)
+        self.runs_with = machine.files.read(paths.DAEMON_JSON)
+
+    def start(self, name: str) -> None:
+        if name == paths.ENGINE_UNIT and not self.units[name].is_active:
+            self.runs_with = self.machine.files.read(paths.DAEMON_JSON)
+        super().start(name)
+
+
+OWNERS = {
+    "insecure-registries": ["registry.example:5000"],
+    "log-opts": {"labels": "team", "max-file": "3"},
+    "dns": ["10.10.0.2"],
+}
+Section = Mapping[str, object]
+DEFAULTS: Section = {}
+
+
+def one_server(section: Section) -> Spec:
+    return make_spec("server", **{"servers": 1, "join": "[]", **section})
+
+
+def alone(file: object | None) -> Machine:
+    """A one-server cluster's machine with this daemon.json."""
+    machine = World().machine(one_server(DEFAULTS), "10.10.0.11")
+    if file is not None:
+        machine.files.texts[paths.DAEMON_JSON] = json.dumps(file)
+    machine.systemd = RecordingSystemd(machine)
+    machine.host = replace(machine.host, systemd=machine.systemd)
+    return machine
+
+
+def cycle(machine: Machine, section: Section, apply: Apply = make) -> Cycle:
+    return run_cycle(one_server(section), machine.host, STEPS, lambda _: None, apply)
+
+
+def until_ready(machine: Machine, section: Section = DEFAULTS) -> None:
+    for _ in range(5):
+        last = cycle(machine, section)
+        if last.is_ready:
+            return
+    raise AssertionError(last.sentence)
+
+
+def killed_after(machine: Machine, made: int, section: Section = DEFAULTS) -> bool:
+    """Run cycles that die after `made` changes; whether they had that many to make."""
+    left = made
+
+    def apply(change: Change, host: Host) -> None:
+        nonlocal left
+        if left == 0:
+            raise Killed
+        left -= 1
+        make(change, host)
+
+    try:
+        for _ in range(5):
+            cycle(machine, section, apply)
+    except Killed:
+        return True
+    return False
+
+
+def file_of(machine: Machine) -> Any:
+    return json.loads(machine.files.texts[paths.DAEMON_JSON])
+
+
+def assert_runs_with_its_file(machine: Machine) -> None:
+    assert isinstance(machine.systemd, RecordingSystemd)
+    assert machine.systemd.runs_with == machine.files.texts[paths.DAEMON_JSON]
+    assert machine.files.read(paths.RESTART_PENDING) is None
+
+
+MERGED = {
+    **OWNERS,
+    "log-driver": "json-file",
+    "log-opts": {"labels": "team", "max-file": "3", "max-size": "10m", "compress": "true"},
+}
+
+
+@pytest.mark.parametrize(
+    ("owners", "merged"),
+    [
+        pytest.param(None, STOCK, id="no-file"),
+        pytest.param({}, STOCK, id="empty-object"),
+        pytest.param(OWNERS, MERGED, id="owners-file"),
+    ],
+)
+@pytest.mark.parametrize("death", ["agent", "power"])
+def test_killed_after_every_change_it_is_restarted_once(
+    owners: object, merged: object, death: str
+) -> None:
+    made = 0
+    while True:
+        machine = alone(owners)
+        died = killed_after(machine, made)
+        if died and death == "power":
+            machine.lose_power()
+            machine.boot()
+        until_ready(machine)
+        assert file_of(machine) == merged, made
+        assert_runs_with_its_file(machine)
+        if death == "agent":
+            assert machine.systemd.restarts == 1, made
+        else:
+            assert machine.systemd.restarts <= 1, made
+        if not died:
+            break
+        made += 1
+    assert made > 8, "the run has become so short that this test says nothing"
+
+
+TO_TWENTY: Section = {"engine": "{log: {max_size: 20m}}"}
+
+
+@pytest.mark.parametrize(
+    ("third", "size"),
+    [
+        pytest.param(TO_TWENTY, "20m", id="then-on-with-it"),
+        pytest.param({"engine": "{log: {max_size: 30m}}"}, "30m", id="then-a-third"),
+        pytest.param({}, "10m", id="then-back-to-the-first"),
+    ],
+)
+def test_killed_after_every_change_of_a_second_spec(third: Section, size: str) -> None:
+    made = 0
+    while True:
+        machine = alone({"log-opts": {"labels": "team"}})
+        until_ready(machine)
+        died = killed_after(machine, made, TO_TWENTY)
+        until_ready(machine, third)
+        assert file_of(machine)["log-opts"] == {**OPTS, "labels": "team", "max-size": size}, made
+        assert_runs_with_its_file(machine)
+        if not died:
+            break
+        made += 1
+    assert made == 5, "record, mark, file, restart, and the mark's removal"
+
+
+def test_the_owners_log_options_are_kept_for_good_and_one_restart_is_enough() -> None:
+    machine = alone(OWNERS)
+    for _ in range(5):
+        cycle(machine, DEFAULTS)
+    assert file_of(machine) == MERGED
+    assert machine.systemd.restarts == 1
+
+
+def test_a_value_of_the_owner_that_the_spec_comes_to_contradict_is_named() -> None:
+    machine = alone(OWNERS)
+    until_ready(machine)
+    before = dict(machine.files.texts)
+    last = cycle(machine, {"engine": "{log: {max_file: 7}}"})
+    assert last.is_blocked
+    assert 'log-opts max-file is "3" in /etc/docker/daemon.json and "7" by' in last.sentence
+    assert machine.files.texts == before
+
+
+def test_the_owners_file_as_it_was_is_kept_once_and_for_all() -> None:
+    machine = alone(OWNERS)
+    until_ready(machine)
+    until_ready(machine, {"engine": "{log: {max_size: 20m, max_file: 3}}"})
+    assert json.loads(machine.files.texts[paths.ORIGINAL_DAEMON_JSON]) == OWNERS
+
+
+def test_the_files_mode_stays_its_owners() -> None:
+    spec = make_spec()
+    modes = {
+        change.path: change.mode
+        for change in engine.diff(spec, replace(FRESH, daemon_json="{}")).changes
+        if isinstance(change, WriteFile)
+    }
+    assert modes[paths.DAEMON_JSON] is KEEP_MODE
+    assert modes[paths.ENGINE_RECORD] == modes[paths.ORIGINAL_DAEMON_JSON] == 0o600
+
+
+@pytest.mark.parametrize("file", ['{"live-restore": true}', "{", '{"log-driver": 5}'])
+def test_what_blocks_changes_nothing(file: str) -> None:
+    machine = alone(None)
+    machine.files.texts[paths.DAEMON_JSON] = file
+    spec = one_server({"engine": "{log: {driver: local}}"})
+    before = dict(machine.files.texts)
+    plan: Plan = engine.diff(spec, engine.observe(spec, machine.host))
+    assert plan.blocked
+    assert machine.files.texts == before

@@ -1,0 +1,189 @@
+"""Consul's quorum: facts in, plan out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from nodeagent.errors import HostError
+from nodeagent.host import Member
+from nodeagent.spec import Spec
+from nodeagent.steps import quorum
+from nodeagent.steps.quorum import Seen
+from tests.unit.expect import said
+from tests.unit.fakes import World, make_spec
+
+SELF = Member("server11", "10.10.0.11", alive=True, server=True)
+SECOND = Member("server12", "10.10.0.12", alive=True, server=True)
+THIRD = Member("server13", "10.10.0.13", alive=True, server=True)
+WORKER = Member("worker21", "10.10.0.21", alive=True, server=False)
+JOIN = ("10.10.0.11", "10.10.0.12", "10.10.0.13")
+ALONE = Seen("10.10.0.11", "", (SELF,), join_addresses=JOIN)
+LED = Seen("10.10.0.11", "10.10.0.12:8300", (SELF, SECOND, THIRD))
+BY_NAME = make_spec(join="[servers.example.com]")
+TWO_NAMES = make_spec(join="[one.example.com, two.example.com]")
+MIXED = make_spec(join="[10.10.0.12, servers.example.com]")
+CLOUD = make_spec(join="['provider=digitalocean region=nyc3 tag_name=demo']")
+
+
+@pytest.mark.parametrize(
+    ("spec", "seen", "plan"),
+    [
+        pytest.param(
+            make_spec(),
+            replace(LED, servers_by_srv=("server11", "server12", "server13")),
+            ["done 3 of 3 servers, leader 10.10.0.12"],
+            id="all-there",
+        ),
+        pytest.param(
+            make_spec(),
+            replace(LED, servers_by_srv=("server11", "server12")),
+            ["done 2 of 3 servers, leader 10.10.0.12"],
+            id="majority-is-enough",
+        ),
+        pytest.param(
+            make_spec(),
+            replace(LED, servers_by_srv=("server11",)),
+            ["wait DNS to name a majority of the servers: consul.service.consul has 1 of 3"],
+            id="leader-but-dns-names-one",
+        ),
+        pytest.param(
+            make_spec(domain="example"),
+            LED,
+            ["wait DNS to name a majority of the servers: consul.service.example has 0 of 3"],
+            id="leader-but-dns-names-nobody",
+        ),
+        pytest.param(
+            make_spec(servers=1, join="[]"),
+            replace(LED, servers_by_srv=("server11",)),
+            ["done 1 of 1 servers, leader 10.10.0.12"],
+            id="one-server-cluster",
+        ),
+        pytest.param(
+            make_spec(),
+            ALONE,
+            ["wait Consul's quorum: 1 of 3 servers are alive; not seen: 10.10.0.12, 10.10.0.13"],
+            id="first-of-three-names-who-is-missing",
+        ),
+        pytest.param(
+            make_spec(),
+            replace(ALONE, members=(SELF, SECOND)),
+            ["wait Consul's quorum: 2 of 3 servers are alive; not seen: 10.10.0.13"],
+            id="second-has-come",
+        ),
+        pytest.param(
+            make_spec(),
+            replace(ALONE, members=(SELF, SECOND, THIRD)),
+            ["wait Consul to elect a leader among 3 servers"],
+            id="all-alive-before-the-election",
+        ),
+        pytest.param(
+            make_spec(),
+            replace(ALONE, members=(SELF, replace(SECOND, alive=False), THIRD)),
+            ["wait Consul's quorum: 2 of 3 servers are alive; not seen: 10.10.0.12"],
+            id="one-has-failed",
+        ),
+        pytest.param(
+            make_spec("worker"),
+            Seen("10.10.0.21", "", (WORKER, SELF), join_addresses=JOIN),
+            ["wait Consul's quorum: 1 of 3 servers are alive; not seen: 10.10.0.12, 10.10.0.13"],
+            id="a-worker-does-not-count",
+        ),
+        pytest.param(
+            BY_NAME,
+            ALONE,
+            ["do join Consul through 10.10.0.12, 10.10.0.13"],
+            id="name-resolves-to-servers-not-joined",
+        ),
+        pytest.param(
+            BY_NAME,
+            replace(ALONE, members=(SELF, SECOND, THIRD)),
+            ["wait Consul to elect a leader among 3 servers"],
+            id="name-resolves-to-servers-joined-already",
+        ),
+        pytest.param(
+            BY_NAME,
+            replace(ALONE, join_addresses=("10.10.0.11",)),
+            ["wait Consul's quorum: 1 of 3 servers are alive"],
+            id="name-resolves-to-itself-only",
+        ),
+        pytest.param(
+            BY_NAME,
+            replace(ALONE, join_addresses=(), unresolved=("servers.example.com",)),
+            ["wait a DNS answer for servers.example.com, given as join in the spec"],
+            id="name-does-not-resolve",
+        ),
+        pytest.param(
+            TWO_NAMES,
+            replace(ALONE, join_addresses=(), unresolved=("one.example.com", "two.example.com")),
+            ["wait a DNS answer for one.example.com, two.example.com, given as join in the spec"],
+            id="neither-name-resolves",
+        ),
+        pytest.param(
+            TWO_NAMES,
+            replace(ALONE, join_addresses=("10.10.0.12",), unresolved=("two.example.com",)),
+            ["do join Consul through 10.10.0.12"],
+            id="the-name-that-resolves-is-used",
+        ),
+        pytest.param(
+            BY_NAME,
+            replace(
+                ALONE,
+                members=(SELF, SECOND),
+                join_addresses=(),
+                unresolved=("servers.example.com",),
+            ),
+            ["wait Consul's quorum: 2 of 3 servers are alive"],
+            id="name-stopped-resolving-but-a-majority-is-there",
+        ),
+        pytest.param(
+            MIXED,
+            replace(ALONE, join_addresses=("10.10.0.12", "10.10.0.13")),
+            ["do join Consul through 10.10.0.12, 10.10.0.13"],
+            id="address-and-name",
+        ),
+        pytest.param(
+            CLOUD,
+            replace(ALONE, join_addresses=()),
+            ["wait Consul's quorum: 1 of 3 servers are alive"],
+            id="cloud-auto-join-is-left-to-consul",
+        ),
+    ],
+)
+def test_plan(spec: Spec, seen: Seen, plan: list[str]) -> None:
+    assert said(quorum.diff(spec, seen)) == plan
+
+
+def test_a_leader_without_a_working_read_is_no_quorum() -> None:
+    world = World()
+    machines = [world.machine(make_spec(), address) for address in JOIN]
+    host = machines[0].host
+
+    class Stale:
+        """Consul's agent when its leader has just gone: named still, but nothing answers."""
+
+        def leader(self) -> str:
+            return "10.10.0.12:8300"
+
+        def members(self) -> tuple[Member, ...]:
+            return (SELF, SECOND, THIRD)
+
+        def get(self, prefix: str) -> None:
+            raise HostError("read", prefix, "500 No cluster leader")
+
+    with pytest.raises(HostError, match="No cluster leader"):
+        quorum.observe(make_spec(), replace(host, consul=Stale()))  # type: ignore[arg-type]
+
+
+def test_names_are_resolved_again_each_time_and_addresses_taken_as_they_are() -> None:
+    spec = make_spec(join="[10.10.0.12, servers.example.com, gone.example.com, 'provider=x a=b']")
+    machine = World().machine(spec, "10.10.0.11")
+    assert quorum.observe(spec, machine.host).unresolved == (
+        "servers.example.com",
+        "gone.example.com",
+    )
+    machine.resolver.names["servers.example.com"] = ("10.10.0.12", "10.10.0.13")
+    seen = quorum.observe(spec, machine.host)
+    assert seen.join_addresses == ("10.10.0.12", "10.10.0.13")
+    assert seen.unresolved == ("gone.example.com",)
