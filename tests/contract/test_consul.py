@@ -450,7 +450,7 @@ class _Other(BaseHTTPRequestHandler):
 def test_something_else_on_consuls_port_is_an_error(status: int, body: bytes) -> None:
     handler = type("_This", (_Other,), {"status": status, "body": body})
     with HTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         with pytest.raises(HostError, match="Consul"):
             LocalConsul(port=server.server_port).self()
         server.shutdown()

@@ -315,7 +315,7 @@ class WebRig:
 @pytest.fixture
 def http() -> Iterator[str]:
     with own_network(), ThreadingHTTPServer(("127.0.0.1", 0), _Server) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
@@ -368,7 +368,8 @@ def test_redirects_are_followed(http: str, tmp_path: Path) -> None:
 
 @pytest.mark.lab
 @needs_root
-def test_nobody_listens(http: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("http")
+def test_nobody_listens(tmp_path: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/file"

@@ -1,0 +1,485 @@
+"""What the program relies on in a Docker Engine, asked of the fakes and of real Engines."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from nodeagent import paths
+from nodeagent.adapters.engine import JOIN_TIMEOUT_S, TIMEOUT_S, DockerDaemon
+from nodeagent.errors import HostError
+from nodeagent.host import Container, ContainerState, DockerEngine, SwarmInfo, Unit
+from tests.contract.surroundings import needs_root
+from tests.lab import images
+from tests.lab.host import Waiting, wait_until
+from tests.lab.lab import Machine
+from tests.unit.fakes import World, make_spec
+
+REAL = pytest.param("real", marks=[pytest.mark.lab, needs_root])
+LABELS = {"nodeagent.cluster": "demo", "other": "Zürich"}
+SETTLE_S = 20  # for what a Swarm does soon, but not before it answers
+DAEMON_TIMEOUT_S = 2 * TIMEOUT_S  # a bound for "does not hang" where the adapter allows TIMEOUT_S
+
+
+def daemon(machine: Machine) -> DockerDaemon:
+    """The Engine of a lab machine; a unix socket can be reached through another root."""
+    root = Path(f"/proc/{machine.leader}/root")
+    return DockerDaemon(socket=root / "run/docker.sock", name=machine.name, root=root)
+
+
+@dataclass
+class Rig:
+    """Two Engines in no Swarm, and a way to put something into the first one's."""
+
+    one: DockerEngine
+    two: DockerEngine
+    address: str
+    other_address: str
+    use_swarm: Callable[[], object]
+
+    @property
+    def manager(self) -> str:
+        return f"{self.address}:2377"
+
+
+def swarm(engine: DockerEngine) -> SwarmInfo:
+    info = engine.info()
+    assert info is not None
+    return info.swarm
+
+
+@pytest.fixture(params=["fake", REAL])
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    if request.param == "fake":
+        world = World()
+        one, two = (world.machine(make_spec("server"), f"10.10.0.1{n}") for n in (1, 2))
+
+        def use_swarm() -> None:
+            world.swarms[one.engine.swarm_id].services += 1
+
+        yield Rig(one.engine, two.engine, one.address, two.address, use_swarm)
+        return
+    first, second = request.getfixturevalue("machines")
+    engines = daemon(first), daemon(second)
+
+    def make_secret() -> None:
+        first.sh("echo x | docker secret create used -")
+
+    yield Rig(*engines, first.address, second.address, make_secret)
+    for engine in reversed(engines):
+        engine.swarm_leave()
+
+
+# -- Swarm
+
+
+def test_an_engine_in_no_swarm(rig: Rig) -> None:
+    info = rig.one.info()
+    assert info is not None
+    assert int(info.version.split(".")[0]) >= 20
+    assert info.log_driver == "json-file"
+    assert not info.live_restore
+    assert info.swarm == SwarmInfo()
+
+
+def test_a_new_swarm_is_ours_and_bare(rig: Rig) -> None:
+    rig.one.swarm_init(rig.address, LABELS)
+    found = swarm(rig.one)
+    assert (found.state, found.is_manager, found.nodes, found.error) == ("active", True, 1, "")
+    assert found.labels == LABELS
+    assert found.cluster_id
+    assert found.node_id
+    assert rig.one.swarm_is_bare()
+    rig.use_swarm()
+    assert not rig.one.swarm_is_bare()
+
+
+def test_a_second_init_is_an_error_and_changes_nothing(rig: Rig) -> None:
+    rig.one.swarm_init(rig.address, LABELS)
+    before = swarm(rig.one)
+    with pytest.raises(HostError, match="already part of a swarm"):
+        rig.one.swarm_init(rig.address, {})
+    after = swarm(rig.one)
+    assert (after.cluster_id, after.node_id, after.labels) == (
+        before.cluster_id,
+        before.node_id,
+        before.labels,
+    )
+
+
+def test_init_on_an_address_of_another_machine_is_an_error(rig: Rig) -> None:
+    with pytest.raises(HostError):
+        rig.one.swarm_init(rig.other_address, LABELS)
+    assert swarm(rig.one) == SwarmInfo()
+
+
+def test_outside_a_swarm_there_is_nothing_to_manage(rig: Rig) -> None:
+    with pytest.raises(HostError):
+        rig.one.swarm_tokens()
+    with pytest.raises(HostError):
+        rig.one.swarm_is_bare()
+
+
+def joined(rig: Rig, role: int) -> None:
+    rig.one.swarm_init(rig.address, LABELS)
+    rig.two.swarm_join(rig.other_address, rig.manager, rig.one.swarm_tokens()[role])
+    wait_until(lambda: swarm(rig.one).nodes == 2, SETTLE_S, "the manager to list both")
+
+
+def test_a_worker_knows_its_swarm_and_manages_nothing(rig: Rig) -> None:
+    joined(rig, 0)
+    found = swarm(rig.two)
+    assert (found.state, found.is_manager, found.nodes, found.error) == ("active", False, 0, "")
+    assert found.cluster_id == swarm(rig.one).cluster_id
+    assert found.node_id not in ("", swarm(rig.one).node_id)
+    assert found.labels == {}
+    with pytest.raises(HostError):
+        rig.two.swarm_tokens()
+    with pytest.raises(HostError):
+        rig.two.swarm_is_bare()
+    assert not rig.one.swarm_is_bare()
+
+
+def test_a_second_manager_sees_what_the_first_sees(rig: Rig) -> None:
+    joined(rig, 1)
+    first = swarm(rig.one)
+
+    def same() -> bool | Waiting:
+        found = swarm(rig.two)
+        return found.nodes == 2 or Waiting(found)
+
+    wait_until(same, SETTLE_S, "the second manager to list both")
+    found = swarm(rig.two)
+    assert (found.state, found.is_manager, found.error) == ("active", True, "")
+    assert (found.cluster_id, found.labels) == (first.cluster_id, LABELS)
+    worker, manager = rig.two.swarm_tokens()
+    assert (worker, manager) == rig.one.swarm_tokens()
+    assert worker != manager
+
+
+def test_who_left_is_still_listed_and_comes_back_as_another(rig: Rig) -> None:
+    joined(rig, 0)
+    before = swarm(rig.two)
+    rig.two.swarm_leave()
+    assert swarm(rig.two) == SwarmInfo()
+    assert swarm(rig.one).nodes == 2
+    assert not rig.one.swarm_is_bare(), "somebody has been here"
+    rig.two.swarm_join(rig.other_address, rig.manager, rig.one.swarm_tokens()[0])
+    after = swarm(rig.two)
+    assert after.cluster_id == before.cluster_id
+    assert after.node_id != before.node_id
+
+
+def test_the_last_manager_can_leave_and_make_another_swarm(rig: Rig) -> None:
+    rig.one.swarm_leave()  # in none: harmless
+    rig.one.swarm_init(rig.address, LABELS)
+    first = swarm(rig.one).cluster_id
+    rig.one.swarm_leave()
+    assert swarm(rig.one) == SwarmInfo()
+    rig.one.swarm_init(rig.address, {})
+    assert swarm(rig.one).cluster_id not in ("", first)
+
+
+def test_a_join_while_in_a_swarm_is_an_error_and_changes_nothing(rig: Rig) -> None:
+    rig.one.swarm_init(rig.address, LABELS)
+    rig.two.swarm_init(rig.other_address, {})
+    before = swarm(rig.two).cluster_id
+    with pytest.raises(HostError):
+        rig.two.swarm_join(rig.other_address, rig.manager, rig.one.swarm_tokens()[0])
+    assert swarm(rig.two).cluster_id == before
+    assert swarm(rig.one).nodes == 1
+
+
+@pytest.mark.parametrize("kind", ["malformed", "wrong secret", "another swarm's"])
+def test_a_join_with_a_bad_token_leaves_nothing(rig: Rig, kind: str) -> None:
+    rig.one.swarm_init(rig.address, LABELS)
+    token = rig.one.swarm_tokens()[0]
+    if kind == "malformed":
+        token = "SWMTKN-nonsense"
+    elif kind == "wrong secret":
+        token = f"{token[:-4]}{token[:-5:-1]}"
+    else:
+        rig.one.swarm_leave()
+        rig.one.swarm_init(rig.address, LABELS)
+    with pytest.raises(HostError) as caught:
+        rig.two.swarm_join(rig.other_address, rig.manager, token)
+    assert token not in str(caught.value), "it is a secret"
+    assert swarm(rig.two) == SwarmInfo()
+    assert swarm(rig.one).nodes == 1
+
+
+def test_a_join_through_nobody_leaves_nothing(rig: Rig) -> None:
+    rig.one.swarm_init(rig.address, LABELS)
+    token = rig.one.swarm_tokens()[0]
+    with pytest.raises(HostError):
+        rig.two.swarm_join(rig.other_address, f"{rig.other_address}:2377", token)
+    assert swarm(rig.two) == SwarmInfo()
+
+
+@pytest.mark.lab
+@pytest.mark.full
+@needs_root
+def test_a_join_through_a_black_hole_ends_and_leaves_nothing(
+    machines: tuple[Machine, Machine],
+) -> None:
+    first, second = machines
+    one, two = daemon(first), daemon(second)
+    rule = "INPUT -p tcp --dport 2377 -j DROP"
+    one.swarm_init(first.address, LABELS)
+    first.sh(f"iptables -I {rule}")
+    try:
+        began = time.monotonic()
+        with pytest.raises(HostError):
+            two.swarm_join(second.address, f"{first.address}:2377", one.swarm_tokens()[0])
+        assert time.monotonic() - began < JOIN_TIMEOUT_S + TIMEOUT_S
+        assert swarm(two) == SwarmInfo()
+    finally:
+        first.sh(f"iptables -D {rule}")
+        one.swarm_leave()
+    assert swarm(two) == SwarmInfo(), "no join goes on behind our back"
+
+
+# -- containers
+
+
+@dataclass
+class ContainerRig:
+    engine: DockerEngine
+    archive: Path
+    halt: Callable[[str], object]  # stop a container without starting it again
+
+
+TRAP = "trap 'exit 0' TERM; echo started; while :; do sleep 0.1; done"
+
+
+def container(script: str = TRAP, image: str = images.BOX_IMAGE, **changes: str) -> Container:
+    made = Container("probe", image, ("sh", "-c"), (script,), ("/tmp:/data:ro",), "0" * 64)
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=["fake", REAL])
+def containers(request: pytest.FixtureRequest) -> Iterator[ContainerRig]:
+    if request.param == "fake":
+        machine = World().machine(make_spec("server"), "10.10.0.11")
+        machine.systemd.units[paths.SYSTEM_ENGINE_UNIT] = Unit("loaded", "active")
+        archive = Path("/var/lib/archive")
+        machine.files.write(archive, "", None)
+        engine = machine.system_engine
+        engine.images.add(images.BOX_IMAGE)
+
+        def halt(name: str) -> None:
+            engine.containers[name] = replace(engine.containers[name], status="exited")
+
+        yield ContainerRig(engine, archive, halt)
+        return
+    first, _ = request.getfixturevalue("machines")
+    real, archive = daemon(first), images.box_archive()
+    assert real.load_image(archive) == (images.BOX_IMAGE,)
+    yield ContainerRig(real, archive, lambda name: first.sh(f"docker kill {name}"))
+    first.sh("docker rm -f probe")
+
+
+def test_an_image_is_there_once_loaded(containers: ContainerRig) -> None:
+    engine = containers.engine
+    names = engine.load_image(containers.archive)
+    assert len(names) == 1
+    assert engine.has_image(names[0])
+    assert engine.load_image(containers.archive) == names
+    assert not engine.has_image("nodeagent/none:1")
+
+
+def test_an_archive_that_is_not_there_is_an_error(containers: ContainerRig) -> None:
+    with pytest.raises(HostError, match="none"):
+        containers.engine.load_image(Path("/var/lib/none"))
+
+
+def test_an_image_that_cannot_be_had_is_an_error(containers: ContainerRig) -> None:
+    for name in ("nodeagent/none", "nodeagent/none:1", f"nodeagent/none@sha256:{'0' * 64}"):
+        with pytest.raises(HostError, match="nodeagent/none"):
+            containers.engine.pull_image(name)
+        assert not containers.engine.has_image(name)
+
+
+def test_a_container_runs_as_defined(containers: ContainerRig) -> None:
+    engine, wanted = containers.engine, container()
+    assert engine.container("probe") is None
+    engine.run_container(wanted)
+    assert engine.container("probe") == ContainerState(wanted.definition, "running")
+    engine.start_container("probe")  # it runs: harmless
+    assert engine.container("probe") == ContainerState(wanted.definition, "running")
+
+
+def test_a_container_is_replaced_by_a_new_one(containers: ContainerRig) -> None:
+    engine, wanted = containers.engine, container(config_sha256="1" * 64)
+    engine.run_container(container())
+    engine.run_container(wanted)
+    assert engine.container("probe") == ContainerState(wanted.definition, "running")
+    containers.halt("probe")
+    engine.run_container(container())
+    assert engine.container("probe") == ContainerState(container().definition, "running")
+
+
+def test_a_stopped_container_is_started_again(containers: ContainerRig) -> None:
+    engine = containers.engine
+    engine.run_container(container())
+    containers.halt("probe")
+    found = engine.container("probe")
+    assert found is not None
+    assert (found.status, found.restarts) == ("exited", 0)
+    engine.start_container("probe")
+    found = engine.container("probe")
+    assert found is not None
+    assert (found.status, found.definition) == ("running", container().definition)
+
+
+def test_a_container_that_is_not_there_cannot_be_started(containers: ContainerRig) -> None:
+    with pytest.raises(HostError):
+        containers.engine.start_container("probe")
+
+
+def test_a_container_without_its_image_is_an_error(containers: ContainerRig) -> None:
+    with pytest.raises(HostError, match="probe"):
+        containers.engine.run_container(container(image="nodeagent/none:1"))
+    assert containers.engine.container("probe") is None
+
+
+@pytest.mark.lab
+@needs_root
+def test_a_container_that_crashes_says_why(machines: tuple[Machine, Machine]) -> None:
+    engine = daemon(machines[0])
+    engine.load_image(images.box_archive())
+    engine.run_container(container("echo first; echo '* Zürich: boom' >&2; exit 3"))
+
+    def crashed() -> ContainerState | Waiting:
+        found = engine.container("probe")
+        return found if found is not None and found.restarts else Waiting(found)
+
+    found = wait_until(crashed, SETTLE_S, "a restart")
+    assert "* Zürich: boom" in found.last_lines
+    machines[0].sh("docker rm -f probe")
+
+
+@pytest.mark.lab
+@needs_root
+def test_an_archive_that_is_none_is_an_error(
+    machines: tuple[Machine, Machine], tmp_path: Path
+) -> None:
+    (tmp_path / "archive").write_bytes(b"x" * 10_000)
+    try:
+        assert daemon(machines[0]).load_image(tmp_path / "archive") == ()
+    except HostError as error:
+        assert "load an image" in error.operation
+
+
+# -- failures
+
+
+def failures(engine: DockerEngine, *also: str) -> dict[str, HostError | None]:
+    """What each call raises, one after another through the same object."""
+    calls: dict[str, Callable[[], object]] = {
+        "swarm_tokens": engine.swarm_tokens,
+        "swarm_is_bare": engine.swarm_is_bare,
+        "swarm_init": lambda: engine.swarm_init("127.0.0.1", {}),
+        "swarm_join": lambda: engine.swarm_join("127.0.0.1", "127.0.0.2:2377", "SWMTKN-1-x-y"),
+        "swarm_leave": engine.swarm_leave,
+        "has_image": lambda: engine.has_image("x"),
+        "pull_image": lambda: engine.pull_image("x"),
+        "container": lambda: engine.container("probe"),
+        "run_container": lambda: engine.run_container(container()),
+        "start_container": lambda: engine.start_container("probe"),
+        "info": engine.info,
+    }
+    found: dict[str, HostError | None] = {}
+    for name in also or tuple(calls):
+        found[name] = None
+        try:
+            calls[name]()
+        except HostError as error:
+            found[name] = error
+    return found
+
+
+SWARM_CALLS = ("swarm_tokens", "swarm_is_bare", "swarm_init", "swarm_join", "swarm_leave", "info")
+CONTAINER_CALLS = ("has_image", "pull_image", "container", "run_container", "start_container")
+
+
+@pytest.mark.parametrize("kind", ["fake", "no socket", "nobody listens"])
+def test_an_engine_that_is_down(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "docker.sock"
+    found: dict[str, HostError | None]
+    if kind == "fake":
+        machine = World().machine(make_spec("server"), "10.10.0.11")
+        machine.systemd.units[paths.ENGINE_UNIT] = Unit("loaded", "inactive")
+        found = failures(machine.system_engine, *CONTAINER_CALLS)
+        found |= failures(machine.engine, *SWARM_CALLS)
+        assert machine.engine.info() is machine.system_engine.info() is None
+    else:
+        with socket.socket(socket.AF_UNIX) as end:
+            if kind == "nobody listens":
+                end.bind(str(path))
+            found = failures(DockerDaemon(socket=path, name="it"))
+    assert found.pop("info") is None
+    assert [name for name, error in found.items() if error is None] == []
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 500 No\r\n\r\n{"])
+def test_something_else_on_its_socket_is_an_error(tmp_path: Path, answer: bytes) -> None:
+    path = tmp_path / "docker.sock"
+    with socket.socket(socket.AF_UNIX) as server, ThreadPoolExecutor(1) as pool:
+        server.bind(str(path))
+        server.listen()
+
+        def serve() -> None:
+            end, _ = server.accept()
+            with end:
+                end.recv(10_000)
+                end.sendall(answer)
+
+        serving = pool.submit(serve)
+        with pytest.raises(HostError, match="it"):
+            DockerDaemon(socket=path, name="it").info()
+        serving.result()
+
+
+@pytest.mark.lab
+@needs_root
+def test_an_engine_that_restarts_is_found_again(machines: tuple[Machine, Machine]) -> None:
+    _, second = machines
+    engine = daemon(second)
+    assert engine.info() is not None
+    second.sh("systemctl stop docker.socket docker.service")
+    assert engine.info() is None
+    assert daemon(second).info() is None
+    second.sh("systemctl start docker.service", timeout_s=60)
+    assert engine.info() is not None
+
+
+@pytest.mark.lab
+@pytest.mark.full
+@needs_root
+def test_an_engine_that_hangs_is_an_error_in_bounded_time(
+    machines: tuple[Machine, Machine],
+) -> None:
+    _, second = machines
+    used = [daemon(second) for _ in range(5)]
+    assert all(engine.info() for engine in used)
+    calls = ("swarm_is_bare", "has_image", "container", "start_container", "info")
+    second.sh("systemctl kill --signal=STOP docker.service")
+    try:
+        began = time.monotonic()
+        with ThreadPoolExecutor(2 * len(calls)) as pool:
+            engines = [*used, *(daemon(second) for _ in calls)]  # both old and new connections
+            results = list(pool.map(failures, engines, calls * 2))
+        assert time.monotonic() - began < DAEMON_TIMEOUT_S
+    finally:
+        second.sh("systemctl kill --signal=CONT docker.service")
+    for found in results:
+        for name, error in found.items():
+            assert error is not None, name
+    assert all(engine.info() for engine in used)
