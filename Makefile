@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat setup.cfg pyproject.toml | sha256sum | cut -c1-12)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-full demo demo-down dist schema examples clean
+.PHONY: help venv lint test test-full demo demo-down enter dist schema examples clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name what; do \
@@ -37,6 +37,9 @@ demo: venv  ## four machines from user-data alone become a Swarm cluster (needs 
 
 demo-down: venv  ## take the demo's machines down, whatever state they are in
 	$(BIN)/python -m tests.lab down
+
+enter: venv  ## a root shell in a machine of the demo: make enter NODE=server1
+	@$(BIN)/python -m tests.lab enter $(NODE)
 
 dist: venv  ## dist/: the wheel, and the self-contained file with its sha256
 	$(BIN)/python tools/build_release.py

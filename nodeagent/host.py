@@ -88,7 +88,7 @@ class ContainerState:
 class Entry:
     """One key of Consul's KV."""
 
-    value: str
+    value: str = field(repr=False)  # a join token, it may be
     index: int
     session: str = ""  # the session that holds it as a lock
 
@@ -144,7 +144,7 @@ class Op:
 
     verb: str
     key: str
-    value: str = ""
+    value: str = field(default="", repr=False)
     index: int = 0
     session: str = ""
 

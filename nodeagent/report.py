@@ -151,7 +151,7 @@ def sentence_of(status: Mapping[str, Any] | None) -> str:
 
 def _wrapped(head: str, sentence: str, tail: str, columns: int) -> list[str]:
     """One row: `head`, the sentence in as many lines as it takes, `tail` at the right edge."""
-    width = max(columns - len(head) - 9, 20)
+    width = max(columns - len(head) - (9 if tail else 0), 20)
     parts = _fill(sentence, width)
     first = f"{head}{parts[0]:{width}} {tail:>8}".rstrip()
     return [first, *(" " * len(head) + part for part in parts[1:])]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import stat
@@ -14,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nodeagent.errors import HostError
-
-CHUNK_BYTES = 1 << 20
 
 
 class LocalFiles:
@@ -45,17 +42,6 @@ class LocalFiles:
     def remove(self, path: Path) -> None:
         with _errors("remove", path):
             path.unlink(missing_ok=True)
-
-    def sha256(self, path: Path) -> str | None:
-        with _errors("read", path):
-            try:
-                with path.open("rb") as file:
-                    digest = hashlib.sha256()
-                    while chunk := file.read(CHUNK_BYTES):
-                        digest.update(chunk)
-            except FileNotFoundError:
-                return None
-            return digest.hexdigest()
 
     def unpack_program(self, archive: Path, path: Path) -> None:
         with _errors("unpack", archive), replacing(path) as (temporary, _):

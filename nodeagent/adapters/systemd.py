@@ -37,17 +37,11 @@ class SystemdManager:
     def start_soon(self, name: str) -> None:
         _run("systemctl", "restart", "--no-block", "--", name)
 
-    def stop(self, name: str) -> None:
-        _run("systemctl", "stop", "--", name, timeout_s=START_TIMEOUT_S)
-
     def restart(self, name: str) -> None:
         _run("systemctl", "restart", "--", name, timeout_s=START_TIMEOUT_S)
 
     def enable(self, name: str) -> None:
         _run("systemctl", "enable", "--", name, timeout_s=START_TIMEOUT_S)
-
-    def disable(self, name: str) -> None:
-        _run("systemctl", "disable", "--", name, timeout_s=START_TIMEOUT_S)
 
     def reload(self) -> None:
         _run("systemctl", "daemon-reload", timeout_s=START_TIMEOUT_S)

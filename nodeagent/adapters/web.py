@@ -8,10 +8,11 @@ from pathlib import Path
 
 import requests
 
-from nodeagent.adapters.files import CHUNK_BYTES, replacing
+from nodeagent.adapters.files import replacing
 from nodeagent.errors import HostError
 
 CONNECT_S, READ_S = 5, 20
+CHUNK_BYTES = 1 << 20
 
 
 class WebFetcher:

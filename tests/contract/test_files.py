@@ -49,7 +49,6 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Rig:
 def test_what_is_not_there_is_no_error(rig: Rig) -> None:
     path = rig.top / "none"
     assert rig.files.read(path) is None
-    assert rig.files.sha256(path) is None
     assert not rig.files.exists(path)
     rig.files.remove(path)
 
@@ -64,11 +63,6 @@ def test_text_comes_back_as_it_was(rig: Rig, text: str) -> None:
     assert rig.files.read(path) == "next"
     rig.files.remove(path)
     assert rig.files.read(path) is None
-
-
-def test_the_digest_is_of_the_bytes(rig: Rig) -> None:
-    rig.files.write(rig.top / "file", CONTENT, None)
-    assert rig.files.sha256(rig.top / "file") == SHA256
 
 
 def mode(rig: Rig, path: Path) -> int:
@@ -94,8 +88,6 @@ def test_a_directory_in_its_place_is_an_error(rig: Rig) -> None:
         rig.files.read(path)
     with pytest.raises(HostError, match=str(path)):
         rig.files.write(path, "2", None)
-    with pytest.raises(HostError, match=str(path)):
-        rig.files.sha256(path)
     with pytest.raises(HostError, match=str(path)):
         rig.files.remove(path)
     assert rig.files.read(path / "inside") == "1"
@@ -221,13 +213,11 @@ def test_on_a_read_only_disk_the_old_file_stays(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as disk:
         LOCAL.write(disk / "file", "old", 0o600)
         run("mount", "-o", "remount,ro", disk)
-        for attempt in (
-            lambda: LOCAL.write(disk / "file", "new", 0o600),
-            lambda: LOCAL.write(disk / "deep/file", "new", 0o600),
-            lambda: LOCAL.remove(disk / "file"),
-        ):
+        for path in (disk / "file", disk / "deep/file"):
             with pytest.raises(HostError, match="Read-only file system"):
-                attempt()
+                LOCAL.write(path, "new", 0o600)
+        with pytest.raises(HostError, match="Read-only file system"):
+            LOCAL.remove(disk / "file")
         assert list(disk.iterdir()) == [disk / "file"]
         assert LOCAL.read(disk / "file") == "old"
 

@@ -82,10 +82,6 @@ class FakeFiles:
     def exists(self, path: Path) -> bool:
         return path in self.texts or self._is_directory(path)
 
-    def sha256(self, path: Path) -> str | None:
-        text = self.read(path)
-        return None if text is None else hashlib.sha256(text.encode()).hexdigest()
-
     @contextlib.contextmanager
     def try_lock(self, path: Path) -> Iterator[bool]:
         if path in self.held:
@@ -503,9 +499,6 @@ class FakeSystemd:
 
     def enable(self, name: str) -> None:
         self.units[name] = replace(self._known("enable", name), enabled="enabled")
-
-    def disable(self, name: str) -> None:
-        self.units[name] = replace(self._known("disable", name), enabled="disabled")
 
     def reload(self) -> None:
         pass

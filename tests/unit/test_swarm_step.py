@@ -92,7 +92,7 @@ def test_every_record_against_every_engine() -> None:
     lines = []
     for (role, name), cases in itertools.groupby(every_case(), lambda case: case[:2]):
         lines.append(f"{role}; record: {name}")
-        lines += [f"  {engine:22}  {said(plan)[0]}" for _, _, engine, _, plan in cases]
+        lines += [f"  {engine:24}  {said(plan)[0]}" for _, _, engine, _, plan in cases]
     assert_golden("swarm.table.txt", "\n".join(lines) + "\n")
 
 
