@@ -39,7 +39,12 @@ log = logging.getLogger("nodeagent")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return its exit code."""
     arguments = _parser().parse_args(argv)
-    _log_to(sys.stdout if arguments.verb == "run" else sys.stderr, arguments.verbose)
+    # `apply` shows each change as progress; the log would say it twice.
+    level = logging.WARNING if arguments.verb == "apply" else logging.INFO
+    _log_to(
+        sys.stdout if arguments.verb == "run" else sys.stderr,
+        logging.DEBUG if arguments.verbose else level,
+    )
     try:
         return int(arguments.act(arguments))
     except NodeagentError as error:
@@ -193,14 +198,14 @@ def _need_root(verb: str) -> None:
         raise NotRootError(f"{verb} needs root: sudo nodeagent {verb}")
 
 
-def _log_to(stream: TextIO, verbose: bool) -> None:
+def _log_to(stream: TextIO, level: int) -> None:
     """Log with the priorities of sd-daemon(3) under systemd, and plainly elsewhere."""
     handler = logging.StreamHandler(stream)
     at = os.fstat(stream.fileno())
     if os.environ.get("JOURNAL_STREAM") == f"{at.st_dev}:{at.st_ino}":
         handler.setFormatter(_JournalFormatter())
     log.addHandler(handler)
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    log.setLevel(level)
     log.propagate = False
 
 

@@ -96,6 +96,7 @@ class StatusFile:
                 self.files.write(paths.STATUS, json.dumps({**head, **body}) + "\n", 0o644)
         except HostError as error:  # it is written for people: the node goes on without it
             log.warning("%s", error)
+            self._written = ""
         if self.listener is not None:
             self.listener(body, self.clock.monotonic() - self._began)
 

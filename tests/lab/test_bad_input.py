@@ -106,7 +106,8 @@ def booted(lab: Lab) -> Iterator[Alone]:
 def alone(booted: Alone) -> Alone:
     machine = booted.machine
     machine.sh(
-        "systemctl stop nodeagent; systemctl reset-failed nodeagent 2>/dev/null || true;"
+        "systemctl stop nodeagent; "
+        "systemctl reset-failed nodeagent docker.service docker.socket || true;"
         "docker swarm leave --force >/dev/null 2>&1 || true;"
         f"{SYSTEM_DOCKER} rm -f consul >/dev/null 2>&1 || true;"
         "systemctl disable --now nodeagent-engine.service 2>/dev/null;"
@@ -209,7 +210,7 @@ def test_an_address_that_matches_two(alone: Alone) -> None:
 def test_a_join_name_that_does_not_resolve(alone: Alone) -> None:
     alone.spec(alone.good.replace("servers: 1", "servers: 3\njoin: [nowhere.example]"))
     code, said = alone.apply(30)
-    assert code == Exit.WAITING
+    assert code == Exit.WAITING, said
     assert "a DNS answer for nowhere.example" in said
     assert "a DNS answer for nowhere.example" in alone.unit()[1]
 
@@ -224,7 +225,7 @@ def test_an_archive_with_a_wrong_digest(alone: Alone) -> None:
     right = json.loads(alone.machine.run("nodeagent", "validate", "--json").stdout)["consul"][
         "sha256"
     ]
-    wrong = "0" * 64
+    wrong = "f" * 64
     alone.spec(alone.good.replace(right, wrong))
     failing(alone, f"its sha256 is {right}, not {wrong}")
     assert alone.machine.sh("ls -A /var/lib/nodeagent/images") == ""
@@ -264,13 +265,18 @@ def test_a_consul_of_another_datacenter_is_here_already(alone: Alone, lab: Lab) 
 
 def test_an_engine_that_is_not_installed(alone: Alone) -> None:
     machine = alone.machine
-    unit = "/usr/lib/systemd/system/docker.service"
-    machine.sh(f"systemctl stop docker.socket docker; mv {unit} /tmp/ && systemctl daemon-reload")
+    unit, script = "/usr/lib/systemd/system/docker.service", "/etc/init.d/docker"
+    machine.sh(
+        f"systemctl stop docker.socket docker; mv {unit} /tmp/; mv {script} /tmp/docker.init;"
+        "systemctl daemon-reload"
+    )
     try:
         blocked(alone, "no Docker Engine is installed", "apt-get install docker.io")
         assert machine.run("test", "-e", "/etc/docker/daemon.json", check=False).returncode
     finally:
-        machine.sh(f"mv /tmp/docker.service {unit} && systemctl daemon-reload")
+        machine.sh(
+            f"mv /tmp/docker.service {unit}; mv /tmp/docker.init {script}; systemctl daemon-reload"
+        )
         machine.run("systemctl", "start", "docker", timeout_s=60)
 
 
@@ -317,25 +323,18 @@ Server("/run/docker.sock", Old).serve_forever()
 
 def test_an_engine_that_is_too_old(alone: Alone) -> None:
     machine = alone.machine
-    drop_in = "/run/systemd/system/docker.service.d/old.conf"
+    unit = "/run/systemd/system/docker.service"  # comes before the package's own
     machine.write("/opt/old-engine.py", OLD_ENGINE)
-    machine.sh(
-        "systemctl stop docker.socket docker.service; systemctl mask --runtime docker.socket"
-    )
-    machine.write(
-        drop_in,
-        "[Unit]\nRequires=\n[Service]\nType=exec\nExecStart=\n"
-        "ExecStart=/usr/bin/python3 /opt/old-engine.py\n",
-    )
+    machine.sh("systemctl stop docker.socket docker.service")
+    machine.write(unit, "[Service]\nType=exec\nExecStart=/usr/bin/python3 /opt/old-engine.py\n")
     machine.sh("systemctl daemon-reload; systemctl start docker.service", timeout_s=60)
     try:
         blocked(alone, "Docker Engine 19.03.15 is too old", "install 20.10 or newer")
         assert machine.run("test", "-e", "/etc/docker/daemon.json", check=False).returncode
     finally:
         machine.sh(
-            f"systemctl stop docker.service; rm {drop_in};"
-            "systemctl unmask --runtime docker.socket;"
-            "rm -f /run/docker.sock; systemctl daemon-reload; systemctl start docker.socket docker",
+            f"systemctl stop docker.service; rm -f {unit} /run/docker.sock;"
+            "systemctl daemon-reload; systemctl start docker.socket docker.service",
             timeout_s=60,
         )
 

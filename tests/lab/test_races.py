@@ -63,7 +63,7 @@ def forget_everything(machines: list[Machine]) -> None:
         "systemctl disable --now nodeagent-engine.service 2>/dev/null;"
         "cd /var/lib/nodeagent && rm -rf identity.json engine-options.json originals images "
         "consul; rm -f /etc/docker/daemon.json /run/driver/* /run/nodeagent/*;"
-        "systemctl restart docker.service",
+        "systemctl reset-failed docker.service docker.socket; systemctl restart docker.service",
     )
 
 

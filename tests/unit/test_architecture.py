@@ -34,8 +34,15 @@ MODULES = sorted(PRODUCT.rglob("*.py"))
 
 def ruff(text: str, as_file: str) -> str:
     """What ruff says of `text` if it stood in `as_file`."""
-    command = [RUFF, "check", "--output-format=concise", f"--stdin-filename={ROOT / as_file}", "-"]
-    return subprocess.run(command, input=text, capture_output=True, text=True, cwd=ROOT).stdout
+    command = [
+        str(RUFF),
+        "check",
+        "--output-format=concise",
+        f"--stdin-filename={ROOT / as_file}",
+        "-",
+    ]
+    found = subprocess.run(command, input=text, capture_output=True, text=True, cwd=ROOT)
+    return found.stdout
 
 
 @pytest.mark.parametrize(
@@ -143,7 +150,8 @@ def every_change() -> list[Change]:
             continue
         hints = inspect.get_annotations(kind, eval_str=True)
         assert dataclasses.is_dataclass(kind)
-        found.append(kind(**{name: sample(name, hint) for name, hint in hints.items()}))
+        made: Any = kind(**{name: sample(name, hint) for name, hint in hints.items()})
+        found.append(made)
     return found
 
 

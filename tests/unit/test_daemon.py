@@ -287,6 +287,9 @@ def test_a_status_file_that_cannot_be_written_stops_nothing(
     found.loop.status.files = FullDisk()
     with caplog.at_level(logging.WARNING, "nodeagent.report"):
         assert found.run(2).is_ready
+    found.loop.status.files = found.machine.files
+    found.run(found.cycles + 1)
+    assert found.status()["state"] == "ready", "written once it can be, without further news"
     assert "could not write /run/nodeagent/status.json: No space left on device" in caplog.text
 
 

@@ -1,0 +1,458 @@
+"""The command line: help, exit codes, and what each verb prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nodeagent import __version__, cli, paths
+from nodeagent.adapters import node
+from nodeagent.cli import main
+from nodeagent.converge import Cycle, StepResult
+from nodeagent.errors import Exit, HostError
+from nodeagent.host import Host
+from nodeagent.report import StatusFile
+from nodeagent.steps import STEPS
+from tests.unit.expect import assert_golden
+from tests.unit.fakes import FakeClock, Machine, World, make_spec
+from tests.unit.test_report import READY, STORIES, assert_fits
+
+SPEC = """\
+cluster: demo
+role: server
+servers: 1
+address: 10.10.0.0/16
+join: []
+security: off
+"""
+VERBS = ["run", "apply", "plan", "status", "install", "user-data", "validate", "schema"]
+HEAVY = ("docker", "consul", "requests", "dns", "psutil", "cryptography")
+Out = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """`main` sets up logging for its process, which here is that of all tests."""
+    log = logging.getLogger("nodeagent")
+    before = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.level, log.propagate = before
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Path:
+    path = tmp_path / "node.yaml"
+    path.write_text(SPEC)
+    return path
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine of the fakes' world, as the one the command runs on, by root."""
+    found = World().machine(make_spec(servers=1, join="[]"), "10.10.0.11")
+
+    def this_machine() -> Host:
+        return found.host
+
+    monkeypatch.setattr(node, "this_machine", this_machine)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    return found
+
+
+@pytest.fixture
+def run_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(paths, "STATUS", tmp_path / "status.json")
+    monkeypatch.setattr(paths, "ALIVE", tmp_path / "alive")
+    return tmp_path
+
+
+def write_status(results: list[StepResult]) -> None:
+    from nodeagent.adapters.files import LocalFiles
+
+    files = LocalFiles()
+    names = [step.name for step in STEPS]
+    status = StatusFile(files, FakeClock(), 1, "server11", names, {"security": "off"})
+    for result in results:
+        status.update(result)
+    status.settle(Cycle(tuple(results)))
+
+
+def alive() -> Any:
+    from nodeagent.adapters.files import LocalFiles
+
+    return LocalFiles().try_lock(paths.ALIVE)
+
+
+def shown(capfd: Out, *argv: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 0
+    return capfd.readouterr().out
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    [verbs] = [
+        action
+        for action in cli._parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    ]
+    return dict(verbs.choices)
+
+
+def test_the_verbs() -> None:
+    assert list(parsers()) == VERBS
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example_that_is_right(
+    verb: str, capfd: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = shown(capfd, verb, "--help")
+    assert_golden(f"help.{verb}.txt", text)
+    assert max(map(len, text.splitlines())) <= 80
+    example = text.rpartition("example: ")[2].split(">")[0].split()
+    if example[0] == "systemctl":
+        return
+    words = example[2:] if example[0] == "sudo" else example[1:]
+    assert words[0] == verb
+    cli._parser().parse_args(words)
+
+
+def test_help_lists_exit_codes_one_a_line(capfd: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = shown(capfd, "--help")
+    assert_golden("help.txt", text)
+    assert max(map(len, text.splitlines())) <= 80
+    for code in Exit:
+        assert any(line.split()[:1] == [str(int(code))] for line in text.splitlines()), code
+
+
+def test_every_option_has_help() -> None:
+    for verb, parser in parsers().items():
+        for action in parser._actions:
+            assert action.help, f"{verb} {action.option_strings or action.dest}"
+
+
+def test_version(capfd: Out) -> None:
+    assert shown(capfd, "--version") == f"nodeagent {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        pytest.param([], id="nothing"),
+        pytest.param(["conquer"], id="unknown-verb"),
+        pytest.param(["status", "--wiat"], id="unknown-option"),
+        pytest.param(["user-data", "cluster.yaml"], id="no-role"),
+        pytest.param(["user-data", "--role", "boss", "cluster.yaml"], id="unknown-role"),
+        pytest.param(["apply", "--timeout", "soon"], id="time-out-of-words"),
+        pytest.param(["apply", "--timeout", "0"], id="time-out-of-nothing"),
+        pytest.param(["apply", "--timeout", "nan"], id="time-out-of-no-number"),
+        pytest.param(["status", "--timeout", "inf"], id="time-out-without-end"),
+    ],
+)
+def test_wrong_usage_is_2(argv: list[str], capfd: Out) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == Exit.USAGE
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert "usage: nodeagent" in said.err
+    assert "_seconds" not in said.err
+
+
+def test_a_wrong_time_out_is_named(capfd: Out) -> None:
+    with pytest.raises(SystemExit):
+        main(["apply", "--timeout", "soon"])
+    assert "argument --timeout: 'soon': a number of seconds above 0 is needed" in (
+        capfd.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("verb", ["run", "apply", "plan", "install"])
+def test_without_root_is_77(
+    verb: str, spec: Path, capfd: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert main([verb, "--spec", str(spec)]) == Exit.NOT_ROOT
+    assert capfd.readouterr().err == f"nodeagent: {verb} needs root: sudo nodeagent {verb}\n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        pytest.param(["apply", "--spec"], id="apply"),
+        pytest.param(["plan", "--spec"], id="plan"),
+        pytest.param(["run", "--spec"], id="run"),
+        pytest.param(["validate"], id="validate"),
+        pytest.param(["user-data", "--role", "server"], id="user-data"),
+    ],
+)
+@pytest.mark.usefixtures("machine")
+def test_a_wrong_spec_is_78_and_names_its_line(argv: list[str], spec: Path, capfd: Out) -> None:
+    spec.write_text(SPEC.replace("servers: 1", "servers: many"))
+    assert main([*argv, str(spec)]) == Exit.BAD_SPEC
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert f"{spec}:3: servers: found 'many'" in said.err
+
+
+def test_run_tells_systemd_that_the_spec_is_wrong(machine: Machine, spec: Path) -> None:
+    spec.write_text("")
+    assert main(["run", "--spec", str(spec)]) == Exit.BAD_SPEC
+    [told] = [values["STATUS"] for values in machine.systemd.told if "STATUS" in values]
+    assert told.startswith(f"blocked: {spec}")
+    assert not any("READY" in values for values in machine.systemd.told)
+
+
+def test_a_second_run_beside_the_first_is_refused(machine: Machine, spec: Path, capfd: Out) -> None:
+    machine.files.held.add(paths.ALIVE)
+    assert main(["run", "--spec", str(spec)]) == Exit.WAITING
+    assert "could not run beside another nodeagent" in capfd.readouterr().err
+
+
+def test_apply_until_ready_is_0(machine: Machine, spec: Path, capfd: Out) -> None:
+    assert main(["apply", "--spec", str(spec)]) == Exit.OK
+    said = capfd.readouterr().out
+    assert "ok  consul    Consul 1.21.0 at 10.10.0.11" in said
+    last = said.splitlines()[-1]
+    assert last.startswith("ready: manager in Swarm ")
+    assert last.endswith("changes made)")
+    assert machine.engine.inits == 1
+
+
+@pytest.mark.usefixtures("machine")
+def test_apply_again_makes_no_change(spec: Path, capfd: Out) -> None:
+    main(["apply", "--spec", str(spec)])
+    capfd.readouterr()
+    assert main(["apply", "--spec", str(spec)]) == Exit.OK
+    assert capfd.readouterr().out.splitlines()[-1].endswith("(0 changes made)")
+
+
+def test_apply_that_is_blocked_is_3(machine: Machine, spec: Path, capfd: Out) -> None:
+    machine.files.texts[paths.DAEMON_JSON] = "{"
+    assert main(["apply", "--spec", str(spec)]) == Exit.BLOCKED
+    assert "blocked at engine: /etc/docker/daemon.json cannot be read" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("machine")
+def test_apply_that_waits_too_long_is_6(spec: Path, capfd: Out) -> None:
+    spec.write_text(
+        SPEC.replace("servers: 1", "servers: 3").replace("[]", "[10.10.0.12, 10.10.0.13]")
+    )
+    assert main(["apply", "--spec", str(spec), "--timeout", "30"]) == Exit.WAITING
+    assert "waiting at quorum" in capfd.readouterr().out.splitlines()[-1]
+
+
+def test_plan_is_0_and_changes_nothing(machine: Machine, spec: Path, capfd: Out) -> None:
+    before = dict(machine.files.texts)
+    assert main(["plan", "--spec", str(spec)]) == Exit.OK
+    assert "write /var/lib/nodeagent/identity.json" in capfd.readouterr().out
+    assert machine.files.texts == before
+
+
+@pytest.mark.usefixtures("machine")
+def test_plan_as_json(spec: Path, capfd: Out) -> None:
+    assert main(["plan", "--json", "--spec", str(spec)]) == Exit.OK
+    found = json.loads(capfd.readouterr().out)
+    assert_fits(found, "plan.schema.json")
+    assert list(found["steps"]) == [step.name for step in STEPS]
+
+
+def test_plan_that_is_blocked_is_3(machine: Machine, spec: Path) -> None:
+    main(["apply", "--spec", str(spec)])
+    machine.files.texts[paths.DAEMON_JSON] = "{"
+    assert main(["plan", "--spec", str(spec)]) == Exit.BLOCKED
+
+
+def test_plan_that_could_not_look_is_6(
+    machine: Machine, spec: Path, capfd: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> str:
+        raise HostError("read", path, "Input/output error")
+
+    monkeypatch.setattr(machine.files, "read", refuse)
+    assert main(["plan", "--spec", str(spec)]) == Exit.WAITING
+    assert "Input/output error" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("story", "code"),
+    [("ready", Exit.OK), ("waiting", Exit.WAITING), ("failing", Exit.WAITING),
+     ("blocked", Exit.BLOCKED)],
+)  # fmt: skip
+@pytest.mark.usefixtures("run_directory")
+def test_status_of_a_running_agent(story: str, code: Exit, capfd: Out) -> None:
+    write_status(STORIES[story])
+    with alive():
+        assert main(["status"]) == code
+        assert capfd.readouterr().out.startswith(f"server11: {story}")
+        assert main(["status", "--json"]) == code
+    assert_fits(json.loads(capfd.readouterr().out), "status.schema.json")
+
+
+@pytest.mark.usefixtures("run_directory")
+def test_status_of_an_agent_that_has_ended_is_never_0(capfd: Out) -> None:
+    write_status(READY)
+    with alive():
+        assert main(["status"]) == Exit.OK
+    assert main(["status"]) == Exit.WAITING
+    assert "nodeagent is not running" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("run_directory")
+def test_status_before_the_first_run(capfd: Out) -> None:
+    assert main(["status"]) == Exit.WAITING
+    assert capfd.readouterr().out.startswith("nodeagent has not run since this machine booted")
+    assert main(["status", "--json"]) == Exit.WAITING
+    assert json.loads(capfd.readouterr().out) is None
+
+
+@pytest.mark.usefixtures("run_directory")
+def test_status_wait_gives_up_and_says_what_it_waited_for(capfd: Out) -> None:
+    write_status(STORIES["waiting"])
+    with alive():
+        assert main(["status", "--wait", "--timeout", "0.15"]) == Exit.WAITING
+    said = capfd.readouterr()
+    assert said.err.startswith("waiting at quorum: Consul's quorum: 1 of 3 servers are alive")
+    assert said.err.count("\n") == 1, "one line for each news, not for each look"
+    assert said.out.startswith("server11: waiting at quorum")
+
+
+@pytest.mark.usefixtures("run_directory")
+def test_status_wait_returns_when_ready(capfd: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nodeagent.adapters.clock import SystemClock
+
+    write_status(STORIES["waiting"])
+
+    def wait(_self: SystemClock, _timeout_s: float) -> bool:
+        write_status(READY)
+        return False
+
+    monkeypatch.setattr(SystemClock, "wait", wait)
+    with alive():
+        assert main(["status", "--wait"]) == Exit.OK
+    assert capfd.readouterr().out.startswith("server11: ready")
+
+
+@pytest.mark.usefixtures("run_directory")
+def test_status_watch_as_json_is_a_line_for_each_change(
+    capfd: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nodeagent.adapters.clock import SystemClock
+
+    looks = iter([STORIES["waiting"], READY])
+
+    def wait(_self: SystemClock, _timeout_s: float) -> bool:
+        results = next(looks, None)
+        if results is None:
+            raise KeyboardInterrupt
+        write_status(results)
+        return False
+
+    monkeypatch.setattr(SystemClock, "wait", wait)
+    with alive():
+        assert main(["status", "--watch", "--json"]) == 130
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [line and line["state"] for line in lines] == [None, "waiting", "ready"]
+
+
+def test_validate(spec: Path, capfd: Out) -> None:
+    assert main(["validate", str(spec)]) == Exit.OK
+    assert capfd.readouterr().out == f"{spec}: valid\n"
+    assert main(["validate", "--json", str(spec)]) == Exit.OK
+    assert json.loads(capfd.readouterr().out)["cluster"] == "demo"
+
+
+def test_schema_is_json(capfd: Out) -> None:
+    assert main(["schema"]) == Exit.OK
+    assert json.loads(capfd.readouterr().out)["title"] == "nodeagent node.yaml"
+
+
+@pytest.mark.parametrize("role", ["server", "worker"])
+def test_user_data(role: str, spec: Path, capfd: Out) -> None:
+    spec.write_text(SPEC.replace("role: server\n", "").replace("[]", "[10.10.0.11]"))
+    assert main(["user-data", "--role", role, str(spec)]) == Exit.OK
+    assert f"role: {role}" in capfd.readouterr().out
+
+
+def command(*argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *argv], capture_output=True, text=True, check=False, **options
+    )
+
+
+def test_status_imports_nothing_heavy() -> None:
+    """It has to answer at once, on machines that have little."""
+    script = (
+        "import sys; from nodeagent.cli import main; main(['status']); main(['status', '--json'])\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    assert command("-c", script).stderr.splitlines()[-1] == "[]"
+
+
+def test_the_test_of_imports_can_see_them() -> None:
+    script = (
+        "import sys; import nodeagent.adapters.node\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    assert "'docker', 'consul', 'requests'" in command("-c", script).stderr.splitlines()[-1]
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    script = (
+        "import os, sys; from nodeagent.cli import main\n"
+        "reader, writer = os.pipe(); os.dup2(writer, 1); os.close(writer); os.close(reader)\n"
+        "code = main(['schema']); sys.exit(code)"
+    )
+    found = command("-c", script)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_python_dash_m(spec: Path) -> None:
+    found = command("-m", "nodeagent", "validate", str(spec))
+    assert (found.returncode, found.stdout) == (0, f"{spec}: valid\n")
+
+
+def test_a_bug_shows_its_traceback_and_is_1() -> None:
+    script = (
+        "from nodeagent import cli, spec\n"
+        "spec.json_schema = lambda: 1 / 0\n"
+        "raise SystemExit(cli.main(['schema']))"
+    )
+    found = command("-c", script)
+    assert found.returncode == Exit.BUG
+    assert "ZeroDivisionError" in found.stderr
+
+
+@pytest.mark.parametrize(("level", "priority"), [("info", "<6>"), ("warning", "<4>")])
+def test_the_journal_is_told_priorities(
+    level: str, priority: str, capfd: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = os.fstat(sys.stderr.fileno())
+    monkeypatch.setenv("JOURNAL_STREAM", f"{at.st_dev}:{at.st_ino}")
+    tell = {"info": logging.Logger.info, "warning": logging.Logger.warning}[level]
+
+    def act() -> dict[str, Any]:
+        tell(logging.getLogger("nodeagent.test"), "hello")
+        return {}
+
+    call_within_schema(monkeypatch, act)
+    assert main(["schema"]) == Exit.OK
+    assert capfd.readouterr().err == f"{priority}hello\n"
+
+
+def call_within_schema(monkeypatch: pytest.MonkeyPatch, act: Callable[[], dict[str, Any]]) -> None:
+    from nodeagent import spec
+
+    monkeypatch.setattr(spec, "json_schema", act)
