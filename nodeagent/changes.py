@@ -60,7 +60,7 @@ class Fetch:
         return f"fetch {self.location}"
 
     def apply(self, host: Host) -> None:
-        host.web.fetch(self.location, self.path, self.sha256)
+        host.web.fetch(self.location, self.path, self.sha256, _feed_watchdog(host))
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class PullImage:
         return f"pull image {self.image}"
 
     def apply(self, host: Host) -> None:
-        host.system_engine.pull_image(self.image)
+        host.system_engine.pull_image(self.image, _feed_watchdog(host))
 
 
 @dataclass(frozen=True)
@@ -307,6 +307,11 @@ class LeaveSwarm:
 def _still_held(session: str, host: Host) -> None:
     if not host.consul.renew_session(session):
         raise HostError("keep", f"session {session}", "it has expired; another node may go on")
+
+
+def _feed_watchdog(host: Host) -> Callable[[], None]:
+    """For changes that rightly take longer than the watchdog's 60 s while data keeps coming."""
+    return lambda: host.systemd.notify(WATCHDOG="1")
 
 
 def _first_that_works(targets: Sequence[str], act: Callable[[str], None], host: Host) -> None:

@@ -224,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=f"nodeagent {__version__}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log every call")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log more")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(
@@ -315,7 +315,7 @@ def _parser() -> argparse.ArgumentParser:
         "cluster",
         type=Path,
         metavar="CLUSTER.yaml",
-        help="a spec without role; agent: says where machines get nodeagent",
+        help="a spec without role; its agent key says where machines get nodeagent",
     )
     added = verb(
         "validate",

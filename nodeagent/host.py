@@ -182,8 +182,11 @@ class Files(Protocol):
 class Web(Protocol):
     """Files from elsewhere."""
 
-    def fetch(self, location: str, path: Path, sha256: str) -> None:
-        """Fetch a URL or copy a path to `path`; nothing stays there unless the digest is right."""
+    def fetch(self, location: str, path: Path, sha256: str, alive: Callable[[], None]) -> None:
+        """Fetch a URL or copy a path to `path`; nothing stays there unless the digest is right.
+
+        Calls `alive` again and again as long as something arrives: it may take minutes.
+        """
 
 
 class Systemd(Protocol):
@@ -233,7 +236,9 @@ class ContainerEngine(Protocol):
 
     def has_image(self, image: str) -> bool: ...
     def load_image(self, archive: Path) -> tuple[str, ...]: ...
-    def pull_image(self, image: str) -> None: ...
+    def pull_image(self, image: str, alive: Callable[[], None]) -> None:
+        """Calls `alive` again and again as long as it makes progress: it may take minutes."""
+
     def container(self, name: str) -> ContainerState | None: ...
     def run_container(self, container: Container) -> None:
         """Replace any container of that name by a new running one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ class DockerDaemon:
         ):
             return tuple(tag for image in client.images.load(file) for tag in image.tags)
 
-    def pull_image(self, image: str) -> None:
+    def pull_image(self, image: str, alive: Callable[[], None]) -> None:
         # Not by docker-py's own pull: that one has no time-out, and takes an error that comes after
         # the Engine's 200 for a success.
         registry, _ = docker.auth.resolve_repository_name(image)
@@ -158,6 +158,7 @@ class DockerDaemon:
             with answer:
                 _raise_for_status(answer)
                 for line in answer.iter_lines():
+                    alive()
                     said = json.loads(line)
                     if "error" in said:
                         raise HostError(f"pull {image} into", self._name, said["error"])

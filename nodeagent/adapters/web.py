@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import requests
@@ -12,18 +12,19 @@ from nodeagent.adapters.files import replacing
 from nodeagent.errors import HostError
 
 CONNECT_S, READ_S = 5, 20
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 16  # small: a slow line must fill one well within the watchdog's 60 s
 
 
 class WebFetcher:
     """HTTP, and local paths for machines that have no network to fetch from."""
 
-    def fetch(self, location: str, path: Path, sha256: str) -> None:
+    def fetch(self, location: str, path: Path, sha256: str, alive: Callable[[], None]) -> None:
         digest = hashlib.sha256()
         try:
             with replacing(path) as (temporary, _):
                 with temporary.open("wb") as file:
                     for chunk in _chunks(location):
+                        alive()
                         digest.update(chunk)
                         file.write(chunk)
                 if digest.hexdigest() != sha256:

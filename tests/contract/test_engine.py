@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from socketserver import UnixStreamServer
 from typing import Any
 
 import pytest
@@ -26,6 +30,10 @@ REAL = pytest.param("real", marks=[pytest.mark.lab, needs_root])
 LABELS = {"nodeagent.cluster": "demo", "other": "Zürich"}
 SETTLE_S = 20  # for what a Swarm does soon, but not before it answers
 DAEMON_TIMEOUT_S = 2 * TIMEOUT_S  # a bound for "does not hang" where the adapter allows TIMEOUT_S
+
+
+def ignore() -> None:
+    """For `alive`, where a test does not ask about it."""
 
 
 def daemon(machine: Machine) -> DockerDaemon:
@@ -306,7 +314,7 @@ def test_an_archive_that_is_not_there_is_an_error(containers: ContainerRig) -> N
 def test_an_image_that_cannot_be_had_is_an_error(containers: ContainerRig) -> None:
     for name in ("nodeagent/none", "nodeagent/none:1", f"nodeagent/none@sha256:{'0' * 64}"):
         with pytest.raises(HostError, match="nodeagent/none"):
-            containers.engine.pull_image(name)
+            containers.engine.pull_image(name, ignore)
         assert not containers.engine.has_image(name)
 
 
@@ -389,7 +397,7 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "swarm_join": lambda e: e.swarm_join("127.0.0.1", "127.0.0.2:2377", "SWMTKN-1-x-y"),
     "swarm_leave": lambda e: e.swarm_leave(),
     "has_image": lambda e: e.has_image("x"),
-    "pull_image": lambda e: e.pull_image("x"),
+    "pull_image": lambda e: e.pull_image("x", ignore),
     "container": lambda e: e.container("probe"),
     "run_container": lambda e: e.run_container(container()),
     "start_container": lambda e: e.start_container("probe"),
@@ -451,6 +459,54 @@ def test_something_else_on_its_socket_is_an_error(tmp_path: Path, answer: bytes)
         serving.result()
 
 
+class _Pulling(BaseHTTPRequestHandler):
+    """An Engine whose pull goes on for a while and then fails."""
+
+    lines: tuple[bytes, ...] = ()
+
+    def do_GET(self) -> None:
+        self.answer(b'{"ApiVersion": "1.41"}')
+
+    def do_POST(self) -> None:
+        self.answer(*self.lines)
+
+    def answer(self, *lines: bytes) -> None:
+        self.send_response(200)
+        self.end_headers()
+        for line in lines:
+            self.wfile.write(line + b"\r\n")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+PROGRESS = b'{"status": "Downloading", "progressDetail": {"current": 1, "total": 9}}'
+
+
+@pytest.mark.parametrize(
+    ("last", "is_error"),
+    [(b'{"status": "Done"}', False), (b'{"error": "unexpected EOF"}', True), (b'{"cut', True)],
+)
+def test_a_pull_is_over_when_the_engine_says_so(
+    tmp_path: Path, last: bytes, is_error: bool
+) -> None:
+    handler = type("_This", (_Pulling,), {"lines": (PROGRESS, PROGRESS, last)})
+    path, told = tmp_path / "docker.sock", [0]
+
+    def alive() -> None:
+        told[0] += 1
+
+    with UnixStreamServer(str(path), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        expected: AbstractContextManager[object] = nullcontext()
+        if is_error:
+            expected = pytest.raises(HostError, match="some/image")
+        with expected:
+            DockerDaemon(socket=path, name="it").pull_image("some/image", alive)
+        server.shutdown()
+    assert told == [3]
+
+
 @pytest.mark.lab
 @needs_root
 def test_an_engine_that_restarts_is_found_again(machines: tuple[Machine, Machine]) -> None:
@@ -468,12 +524,13 @@ def test_an_engine_that_restarts_is_found_again(machines: tuple[Machine, Machine
 @pytest.mark.full
 @needs_root
 def test_an_engine_that_hangs_is_an_error_in_bounded_time(
-    machines: tuple[Machine, Machine],
+    machines: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("nodeagent.adapters.engine.IMAGE_TIMEOUT_S", TIMEOUT_S)
     _, second = machines
-    used = [daemon(second) for _ in range(5)]
+    calls = ("swarm_is_bare", "has_image", "pull_image", "container", "start_container", "info")
+    used = [daemon(second) for _ in calls]
     assert all(engine.info() for engine in used)
-    calls = ("swarm_is_bare", "has_image", "container", "start_container", "info")
     second.sh("systemctl kill --signal=STOP docker.service")
     try:
         began = time.monotonic()

@@ -30,6 +30,10 @@ CONTENT = "content → Inhalt\r\nand more\n" * 1000
 SHA256 = hashlib.sha256(CONTENT.encode()).hexdigest()
 
 
+def ignore() -> None:
+    """For `alive`, where a test does not ask about it."""
+
+
 @dataclass
 class Rig:
     files: Files
@@ -202,7 +206,7 @@ def test_on_a_full_disk_the_old_file_stays(tmp_path: Path) -> None:
             LOCAL.unpack_program(tmp_path / "big", disk / "program")
         digest = hashlib.sha256(b"x" * 200_000).hexdigest()
         with pytest.raises(HostError, match="No space left"):
-            WebFetcher().fetch(str(tmp_path / "big"), disk / "fetched", digest)
+            WebFetcher().fetch(str(tmp_path / "big"), disk / "fetched", digest, ignore)
         assert list(disk.iterdir()) == [disk / "file"]
         LOCAL.write(disk / "file", "new", 0o600)
 
@@ -282,8 +286,9 @@ class _Server(BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", "/file")
             body = b""
-        elif self.path in ("/file", "/truncated"):
+        elif self.path in ("/file", "/truncated", "/large"):
             self.send_response(200)
+            body *= 20 if self.path == "/large" else 1
         else:
             self.send_response(404)
         self.send_header("Content-Length", str(len(body)))
@@ -321,9 +326,15 @@ def web_rig(request: pytest.FixtureRequest, tmp_path: Path) -> WebRig:
 
 def test_what_has_the_right_digest_is_kept(web_rig: WebRig) -> None:
     path = web_rig.top / "images/it"
-    web_rig.web.fetch(f"{web_rig.url}/file", path, SHA256)
+    web_rig.web.fetch(f"{web_rig.url}/file", path, SHA256, ignore)
     assert web_rig.files.read(path) == CONTENT
-    web_rig.web.fetch(f"{web_rig.url}/file", path, SHA256)
+    web_rig.web.fetch(f"{web_rig.url}/file", path, SHA256, ignore)
+
+
+def test_a_download_tells_that_it_goes_on(web_rig: WebRig) -> None:
+    told: list[None] = []
+    web_rig.web.fetch(f"{web_rig.url}/file", web_rig.top / "it", SHA256, lambda: told.append(None))
+    assert told
 
 
 @pytest.mark.parametrize("before", [None, "old"])
@@ -335,7 +346,7 @@ def test_what_is_wrong_leaves_things_as_they_were(
     if before is not None:
         web_rig.files.write(path, before, 0o600)
     with pytest.raises(HostError, match=name):
-        web_rig.web.fetch(f"{web_rig.url}/{name}", path, digest)
+        web_rig.web.fetch(f"{web_rig.url}/{name}", path, digest, ignore)
     assert web_rig.files.read(path) == before
 
 
@@ -346,14 +357,23 @@ def test_a_download_that_breaks_off_leaves_nothing(http: str, tmp_path: Path) ->
     half = hashlib.sha256(CONTENT.encode()[:100]).hexdigest()
     for digest in (SHA256, half):  # even if what came is what was asked for, by chance
         with pytest.raises(HostError, match="truncated"):
-            WebFetcher().fetch(f"{http}/truncated", tmp_path / "to/it", digest)
+            WebFetcher().fetch(f"{http}/truncated", tmp_path / "to/it", digest, ignore)
     assert list((tmp_path / "to").iterdir()) == []
 
 
 @pytest.mark.lab
 @needs_root
+def test_a_slow_download_tells_it_long_before_its_end(http: str, tmp_path: Path) -> None:
+    told: list[None] = []
+    digest = hashlib.sha256(CONTENT.encode() * 20).hexdigest()
+    WebFetcher().fetch(f"{http}/large", tmp_path / "it", digest, lambda: told.append(None))
+    assert len(told) >= (tmp_path / "it").stat().st_size // 100_000
+
+
+@pytest.mark.lab
+@needs_root
 def test_redirects_are_followed(http: str, tmp_path: Path) -> None:
-    WebFetcher().fetch(f"{http}/moved", tmp_path / "it", SHA256)
+    WebFetcher().fetch(f"{http}/moved", tmp_path / "it", SHA256, ignore)
 
 
 @pytest.mark.lab
@@ -364,18 +384,18 @@ def test_nobody_listens(tmp_path: Path) -> None:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/file"
         with pytest.raises(HostError, match="refused"):
-            WebFetcher().fetch(url, tmp_path / "it", SHA256)
+            WebFetcher().fetch(url, tmp_path / "it", SHA256, ignore)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("location", ["ftp://host/file", "http://", "http://[::1", "/none"])
 def test_a_location_that_makes_no_sense_is_an_error(tmp_path: Path, location: str) -> None:
     with pytest.raises(HostError):
-        WebFetcher().fetch(location, tmp_path / "it", SHA256)
+        WebFetcher().fetch(location, tmp_path / "it", SHA256, ignore)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_path_is_copied(tmp_path: Path) -> None:
     (tmp_path / "from").write_bytes(CONTENT.encode())
-    WebFetcher().fetch(str(tmp_path / "from"), tmp_path / "it", SHA256)
+    WebFetcher().fetch(str(tmp_path / "from"), tmp_path / "it", SHA256, ignore)
     assert (tmp_path / "it").read_bytes() == CONTENT.encode()

@@ -110,6 +110,7 @@ def alone(booted: Alone) -> Alone:
         "systemctl reset-failed nodeagent docker.service docker.socket || true;"
         "docker swarm leave --force >/dev/null 2>&1 || true;"
         f"{SYSTEM_DOCKER} rm -f consul >/dev/null 2>&1 || true;"
+        f"{SYSTEM_DOCKER} rmi -f {cluster.CONSUL_IMAGE} >/dev/null 2>&1 || true;"
         "systemctl disable --now nodeagent-engine.service 2>/dev/null;"
         "cd /var/lib/nodeagent && rm -rf identity.json engine-options.json originals images "
         "consul; rm -f /etc/docker/daemon.json /run/nodeagent/*; systemctl start docker.service",

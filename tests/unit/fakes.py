@@ -109,12 +109,13 @@ class FakeWeb:
     def __init__(self, files: FakeFiles, contents: Mapping[str, str]) -> None:
         self.files, self.contents = files, contents
 
-    def fetch(self, location: str, path: Path, sha256: str) -> None:
+    def fetch(self, location: str, path: Path, sha256: str, alive: Callable[[], None]) -> None:
         if location not in self.contents:
             raise HostError("fetch", location, "404 Not Found")
         found = hashlib.sha256(self.contents[location].encode()).hexdigest()
         if found != sha256:
             raise HostError("fetch", location, f"its sha256 is {found}, not {sha256}")
+        alive()
         self.files.write(path, self.contents[location], 0o600)
 
 
@@ -422,10 +423,11 @@ class FakeSystemEngine:
         self.images.add("from/archive:1")
         return ("from/archive:1",)
 
-    def pull_image(self, image: str) -> None:
+    def pull_image(self, image: str, alive: Callable[[], None]) -> None:
         self._need_up()
         if image not in self.registry:
             raise HostError("pull", image, "manifest unknown")
+        alive()
         self.images.add(image)
 
     def container(self, name: str) -> ContainerState | None:

@@ -181,11 +181,17 @@ def test_a_wrong_time_out_is_named(capfd: Out) -> None:
 
 @pytest.mark.parametrize("verb", ["run", "apply", "plan", "install"])
 def test_without_root_is_77(
-    verb: str, spec: Path, capfd: Out, monkeypatch: pytest.MonkeyPatch
+    verb: str, machine: Machine, spec: Path, capfd: Out, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    machine.clock.on_wait = interrupt  # or `run` without its check would go on for ever
+    before = dict(machine.files.texts)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert main([verb, "--spec", str(spec)]) == Exit.NOT_ROOT
     assert capfd.readouterr().err == f"nodeagent: {verb} needs root: sudo nodeagent {verb}\n"
+    assert machine.files.texts == before
 
 
 @pytest.mark.parametrize(

@@ -162,19 +162,25 @@ def test_initialiser_dead_for_good_is_superseded_at_every_change() -> None:
         assert_one_swarm(world)
 
 
+def after_the_others(others: list[Machine], first: int) -> Callable[[Change, Host], None]:
+    """From change number `first` on, let the others run whole cycles before each change."""
+    number = itertools.count()
+
+    def apply(change: Change, host: Host) -> None:
+        if next(number) >= first:
+            for machine in others:
+                cycle(machine)
+        make(change, host)
+
+    return apply
+
+
 def test_everybody_runs_between_any_two_changes_of_a_server() -> None:
     """The others run whole cycles after a server has looked and before it acts."""
-    for moment in range(changes_of("server11")):
+    for first in range(changes_of("server11")):
         world = cluster(workers=1)
         slow, *others = world.machines.values()
-        made = itertools.count()
-
-        def apply(change: Change, host: Host) -> None:
-            if next(made) >= moment:
-                for machine in others:
-                    cycle(machine)
-            make(change, host)
-
+        apply = after_the_others(others, first)
         for _ in range(MOST_ROUNDS):
             cycle(slow, apply)
             for machine in others:

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from nodeagent.converge import run_cycle
 from nodeagent.errors import HostError
 from nodeagent.host import Member
 from nodeagent.spec import Spec
-from nodeagent.steps import quorum
+from nodeagent.steps import STEPS, quorum
 from nodeagent.steps.quorum import Seen
 from tests.unit.expect import said
 from tests.unit.fakes import World, make_spec
@@ -179,6 +180,7 @@ def test_a_leader_without_a_working_read_is_no_quorum() -> None:
 def test_names_are_resolved_again_each_time_and_addresses_taken_as_they_are() -> None:
     spec = make_spec(join="[10.10.0.12, servers.example.com, gone.example.com, 'provider=x a=b']")
     machine = World().machine(spec, "10.10.0.11")
+    run_cycle(spec, machine.host, STEPS[:2], lambda _: None)
     assert quorum.observe(spec, machine.host).unresolved == (
         "servers.example.com",
         "gone.example.com",

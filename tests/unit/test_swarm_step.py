@@ -163,7 +163,10 @@ NOT_OURS = [
         pytest.param('"intent"', id="string"),
         pytest.param("{}", id="no-keys"),
         pytest.param('{"phase": "intent"}', id="of-nobody"),
-        pytest.param('{"phase": "retired", "node": "server12"}', id="phase-of-a-later-version"),
+        pytest.param(
+            '{"phase": "retired", "node": "server12", "swarm_id": "swarm-cluster"}',
+            id="phase-of-a-later-version",
+        ),
         pytest.param('{"phase": "published", "node": "server12"}', id="published-without-a-swarm"),
         pytest.param('{"phase": ["intent"], "node": "server12"}', id="phase-a-list"),
     ],
