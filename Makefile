@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat setup.cfg pyproject.toml | sha256sum | cut -c1-12)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-full demo demo-down enter dist schema examples clean
+.PHONY: help venv lint test test-full demo demo-down enter dist schema examples golden clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name what; do \
@@ -51,6 +51,9 @@ examples: venv  ## write cloud-init/*.example.yaml again, from cloud-init/cluste
 	@for role in server worker; do \
 		$(BIN)/nodeagent user-data --role $$role cloud-init/cluster.example.yaml > cloud-init/$$role.new && \
 		mv cloud-init/$$role.new cloud-init/$$role.example.yaml; done
+
+golden: venv  ## write tests/golden/ again, from what the program says now; then read the diff
+	NODEAGENT_GOLDEN=write $(BIN)/pytest -q tests/unit
 
 clean:  ## remove what the other commands made, except the lab's cache
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

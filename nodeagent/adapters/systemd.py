@@ -40,7 +40,8 @@ class SystemdManager:
     def restart(self, name: str) -> None:
         # A restart that is asked for is not one of a crash loop, which the unit's StartLimit is
         # against (Debian's docker.service: three starts a minute).
-        _run("systemctl", "reset-failed", "--", name)
+        with contextlib.suppress(HostError):  # refused where there is nothing to reset
+            _run("systemctl", "reset-failed", "--", name)
         _run("systemctl", "restart", "--", name, timeout_s=START_TIMEOUT_S)
 
     def enable(self, name: str) -> None:

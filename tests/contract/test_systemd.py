@@ -117,6 +117,16 @@ def test_every_start_has_an_invocation_of_its_own(rig: Rig) -> None:
     assert second.invocation not in ("", first.invocation)
 
 
+def test_restarts_that_are_asked_for_are_no_crash_loop(rig: Rig) -> None:
+    name = "runs.service"
+    invocations = set()
+    for _ in range(8):  # systemd allows 5 starts in 10 s (systemd-system.conf, DefaultStartLimit…)
+        rig.systemd.restart(name)
+        assert rig.systemd.unit(name).is_active
+        invocations.add(rig.systemd.unit(name).invocation)
+    assert len(invocations) == 8
+
+
 def test_start_soon_is_a_start_anew(rig: Rig) -> None:
     name = "runs.service"
     rig.systemd.start_soon(name)
@@ -145,8 +155,9 @@ def test_enabling(rig: Rig) -> None:
 @pytest.mark.parametrize("verb", ["start", "restart"])
 def test_a_unit_that_fails_is_named_and_says_why(rig: Rig, verb: str) -> None:
     name = f"fails-{verb}.service"
-    with pytest.raises(HostError, match=name):
+    with pytest.raises(HostError, match=name) as caught:
         getattr(rig.systemd, verb)(name)
+    assert caught.value.cause.startswith(f"Job for {name} failed")
     found = rig.systemd.unit(name)
     assert (found.active, found.is_active, found.result) == ("failed", False, "exit-code")
     assert found.invocation

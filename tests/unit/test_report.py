@@ -13,6 +13,7 @@ import pytest
 
 from nodeagent import __version__, paths
 from nodeagent.converge import Cycle, StepResult, preview
+from nodeagent.errors import HostError
 from nodeagent.host import Host
 from nodeagent.plan import Plan, Step, block, change, done, wait
 from nodeagent.report import (
@@ -170,7 +171,22 @@ def test_the_time_of_a_step_is_shown_only_while_it_is_done() -> None:
     assert not engine.rstrip().endswith(" s")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "7", "null", '"x"'])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_somebody_who_may_not_open_the_lock_sees_the_process(is_there: bool) -> None:
+    class OthersFiles(FakeFiles):
+        def is_held(self, path: Path) -> bool:
+            raise HostError("look at", path, "Permission denied")
+
+    files = OthersFiles()
+    StatusFile(files, FakeClock(), 4711, "server11", NAMES).settle(Cycle(tuple(READY)))
+    if is_there:
+        files.texts[Path("/proc/4711")] = ""
+    found = read_status(files)
+    assert found is not None
+    assert found["is_running"] == is_there
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", "7", "null", '"x"'])
 def test_a_torn_status_file_is_none(text: str) -> None:
     assert read_status(FakeFiles({paths.STATUS: text})) is None
 
