@@ -15,7 +15,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.lab", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("up", help="make the lab's network and servers, and leave them")
-    verbs.add_parser("down", help="stop and remove everything the lab made")
+    verbs.add_parser(
+        "down", help="stop and remove everything the lab made, for the demo and for tests"
+    )
     verbs.add_parser("list", help="the lab's machines")
     enter = verbs.add_parser("enter", help="a root shell in a machine")
     enter.add_argument("name")
@@ -28,6 +30,7 @@ def main() -> int:
             lab.detach()
         elif args.verb == "down":
             lab.down()
+            Lab(images.lab_dir() / "tests").down()
         elif args.verb == "list":
             for machine in lab.machines().values():
                 state = "running" if machine.running else "off"

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.lab import cluster
+from tests.lab import cluster, images
 from tests.lab.lab import Lab, Machine
+
+TESTS = images.lab_dir() / "tests"  # beside the demo's lab, so that both can be up
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
-    with Lab() as lab:
+    with Lab(TESTS) as lab:
         yield lab
 
 

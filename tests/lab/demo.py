@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nodeagent.report import MARKS
@@ -17,7 +18,7 @@ STEPS = ("identity", "consul", "engine", "quorum", "swarm", "services")
 TIMEOUT_S = 300
 
 
-def main() -> int:
+def main(state_dir: Path | None = None) -> int:
     """Make the cluster and leave it running; clear everything away when interrupted."""
     began = time.monotonic()
 
@@ -31,7 +32,7 @@ def main() -> int:
         say("Consul's image and nodeagent's release")
         images.consul_archive()
         cluster.release()
-        lab = Lab()
+        lab = Lab(state_dir)
         lab.down()
         lab.up()
     except LabError as error:
@@ -137,11 +138,11 @@ def summary(machines: list[Machine]) -> str:
             for name, row in sorted(listed.items())
         ),
         "",
-        "a shell in one:   sudo make enter NODE=server1   (then: nodeagent status, docker node ls)",
+        "a shell in one:   sudo make enter NODE=server1   (nodeagent status, docker ps)",
         "tear it down:     sudo make demo-down",
     ]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*map(Path, sys.argv[1:])))

@@ -15,9 +15,10 @@ import json
 import os
 import re
 import shutil
+import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -249,6 +250,23 @@ def _download(package: str, suite: str, scratch: Path) -> Path:
     if len(found) != 1:
         raise LabError(f"apt-get download {package} from {suite} left {found}")
     return found[0]
+
+
+# -- Python packages -------------------------------------------------------------------------
+
+
+def wheels(requirements: Sequence[str], python: str) -> Path:
+    """A directory with the wheels of all that these requirements need on that Python's machines.
+
+    They come from wherever the box's own pip is configured to get packages.
+    """
+
+    def build(part: Path) -> None:
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
+        pip += [f"--python-version={python}", "--only-binary=:all:", f"--dest={part}"]
+        run(*pip, *requirements, timeout_s=600)
+
+    return _stored("wheels", [sorted(requirements), python], build)
 
 
 # -- container images ------------------------------------------------------------------------
