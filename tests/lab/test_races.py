@@ -14,7 +14,6 @@ from tests.lab.lab import Machine
 from tests.lab.test_cluster import assert_one_swarm
 
 DRIVER = Path(__file__).with_name("driver.py")
-STARTS = 20
 SYSTEM_DOCKER = "docker -H unix:///run/nodeagent-engine/docker.sock"
 
 
@@ -67,17 +66,20 @@ def forget_everything(machines: list[Machine]) -> None:
     )
 
 
-def test_servers_that_start_in_the_same_instant_make_one_swarm(servers: list[Machine]) -> None:
+@pytest.mark.parametrize("starts", [4, pytest.param(20, marks=pytest.mark.full)])
+def test_servers_that_start_in_the_same_instant_make_one_swarm(
+    servers: list[Machine], starts: int
+) -> None:
     ids = set()
     initialisers = []
-    for _ in range(STARTS):
+    for _ in range(starts):
         forget_the_swarm(servers)
         on_all(servers, "systemctl start nodeagent")
         cluster.wait_ready(servers)
         ids.add(assert_one_swarm(servers))
         initialisers.append(json.loads(cluster.consul_kv(servers[0], "swarm/state"))["node"])
-    assert len(ids) == STARTS, "a start found the Swarm of an earlier one"
-    print(f"{STARTS} starts, each one Swarm; initialised by {sorted(initialisers)}")
+    assert len(ids) == starts, "a start found the Swarm of an earlier one"
+    print(f"{starts} starts, each one Swarm; initialised by {sorted(initialisers)}")
 
 
 def run_of_the_initialiser(victim: Machine, others: list[Machine], die_after: int) -> list[str]:
@@ -105,12 +107,23 @@ def run_of_the_initialiser(victim: Machine, others: list[Machine], die_after: in
     return victim.read("/run/driver/changes").splitlines()
 
 
-def test_the_initialiser_killed_after_every_change_of_its_run(servers: list[Machine]) -> None:
+@pytest.mark.parametrize(
+    "is_every_change",
+    [
+        pytest.param(False, id="of-the-swarm-step"),
+        pytest.param(True, id="of-its-run", marks=pytest.mark.full),
+    ],
+)
+def test_the_initialiser_killed_at_every_change(
+    servers: list[Machine], is_every_change: bool
+) -> None:
     victim, *others = servers
     whole = run_of_the_initialiser(victim, others, -1)
-    assert any(change.startswith("initialise the cluster's Swarm") for change in whole)
-    for die_after in range(len(whole)):
+    claim = whole.index("claim the cluster's one swarm init")
+    assert whole[claim + 1].startswith("initialise the cluster's Swarm")
+    moments = range(len(whole)) if is_every_change else range(claim + 1, claim + 5)
+    for die_after in moments:
         run_of_the_initialiser(victim, others, die_after)
         assert victim.run("test", "-e", "/run/driver/died", check=False).returncode == 0
         print(f"killed before change {die_after + 1}, {whole[die_after]!r}: one Swarm")
-    print(f"killed at each of {len(whole)} changes")
+    print(f"killed at each of {len(moments)} changes")

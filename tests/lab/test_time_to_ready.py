@@ -18,7 +18,7 @@ from tests.lab.host import Waiting, wait_until
 from tests.lab.lab import Machine
 from tests.lab.test_cluster import assert_one_swarm
 
-ROUNDS = 5
+ROUNDS = 3
 SOCKET = "unix:///run/nodeagent-engine/docker.sock"
 # A gate against a slip, well above what is measured; the figure itself is printed.
 MOST = 2.5
