@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+import re
 import sys
 
 COLUMN, ROW, MARGIN, BAR = 8.4, 18, 16, 34
-COLOURS = {" ok ": "#7ee787", " .. ": "#e3b341", " XX ": "#ff7b72", " !! ": "#ff7b72"}
+COLOURS = {"ok": "#7ee787", "..": "#e3b341", "XX": "#ff7b72", "!!": "#ff7b72"}
+MARK = re.compile(r"(?<= )(ok|\.\.|XX|!!)(?= |$)")
 
 
 def picture(title: str, lines: list[str]) -> str:
@@ -15,9 +17,9 @@ def picture(title: str, lines: list[str]) -> str:
     height = len(lines) * ROW + BAR + MARGIN
     rows = []
     for number, line in enumerate(lines):
-        text = html.escape(line)
-        for mark, colour in COLOURS.items():
-            text = text.replace(mark, f'<tspan fill="{colour}">{mark}</tspan>')
+        text = MARK.sub(
+            lambda mark: f'<tspan fill="{COLOURS[mark[0]]}">{mark[0]}</tspan>', html.escape(line)
+        )
         y = BAR + number * ROW + 14
         rows.append(f'<text x="{MARGIN}" y="{y}" xml:space="preserve">{text}</text>')
     dots = "".join(

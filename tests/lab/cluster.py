@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import subprocess
@@ -23,6 +24,7 @@ BOX_IMAGE = "nodeagent-lab/box:1"
 READY_TIMEOUT_S = 180
 
 
+@functools.cache
 def release() -> Path:
     """Build the self-contained file of this tree; a few seconds when only the program changed."""
     made = subprocess.run(

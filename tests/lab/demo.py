@@ -118,6 +118,8 @@ def _now(status: Mapping[str, Any]) -> str:
     for step, entry in status["steps"].items():
         if entry["state"] in ("changing", "waiting", "failing", "blocked"):
             return f"{step}: {entry['sentence']}"
+    if status["state"] == "ready":
+        return f"ready, {status['ready_s']:.1f} s after its agent's start"
     return str(status["sentence"])
 
 
@@ -132,13 +134,13 @@ def summary(machines: list[Machine]) -> str:
             for machine in machines
         ),
         "",
-        f"{'node':13} {'Swarm id':27} {'status':8} manager",
+        f"{'node':13} {'node id':27} {'status':8} manager",
         *(
             f"{name:13} {row['ID']:27} {row['Status']:8} {row['ManagerStatus'] or '-'}"
             for name, row in sorted(listed.items())
         ),
         "",
-        "a shell in one:   sudo make enter NODE=server1   (nodeagent status, docker ps)",
+        "a shell in one:   sudo make enter NODE=server1   (try: nodeagent status)",
         "tear it down:     sudo make demo-down",
     ]
     return "\n".join(lines)

@@ -361,7 +361,9 @@ class Machine:
     def enter(self) -> list[str]:
         """The words that give a person a root shell in the machine."""
         settings = [f"{key}={value}" for key, value in _ENVIRONMENT.items()]
-        return self._enter("/usr/bin/env", "-i", *settings, "/bin/bash", "--login")
+        # script(1) opens a terminal of the machine's own: the box's is not in its /dev.
+        shell = ("/usr/bin/script", "--quiet", "--command", "/bin/bash --login", "/dev/null")
+        return self._enter("/usr/bin/env", "-i", *settings, *shell)
 
     def _on_disk(self, *argv: str, input: str | None = None) -> CompletedProcess[str]:
         """Run a command on the machine's files: in it where it runs, else in its root alone."""
