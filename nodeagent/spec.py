@@ -7,7 +7,7 @@ import difflib
 import ipaddress
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,128 +19,111 @@ from nodeagent.errors import Problem, SpecError
 Role = Literal["server", "worker"]
 T = TypeVar("T")
 
-_SCALARS = ("bool", "float", "int", "null")
-
 # What a provider takes as user-data, of which the spec is a part. A real one has a few hundred.
 LIMIT_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How one value is read: `read` returns the typed value or raises ValueError saying why not."""
+    """What a value may be: in words, and as the JSON Schema that values are checked by.
 
-    read: Callable[[Any], Any]
+    `rule` says of texts and lists what a schema cannot: it returns None for one that is right,
+    else a hint, "" if there is no more to say than what is expected.
+    """
+
     expected: str
     schema: Mapping[str, Any]
+    rule: Callable[[Any], str | None] = lambda _: None
+    hint: str = ""
 
-
-def _string(pattern: str, expected: str) -> Kind:
-    def read(value: Any) -> str:
+    def fault(self, value: Any) -> str | None:
+        """Return what a rule returns, for any value that YAML can bring."""
+        schema = self.schema
+        if "enum" in schema:
+            if any(type(value) is type(word) and value == word for word in schema["enum"]):
+                return None
+            return self.hint or _meant(str(value), map(str, schema["enum"]))
+        if schema["type"] == "integer":
+            if isinstance(value, str) and re.fullmatch(r"[1-9][0-9]{0,3}", value):
+                return "leave out the quotes"
+            is_number = isinstance(value, int) and not isinstance(value, bool)
+            return None if is_number and schema["minimum"] <= value <= schema["maximum"] else ""
+        if schema["type"] == "array":
+            return self.rule(value)
         if isinstance(value, (bool, int, float)):
-            raise ValueError("put it in quotes")
-        if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            raise ValueError
-        return value
+            return "put it in quotes" if self.fault(_shown(value)) is None else ""
+        if not isinstance(value, str) or not re.fullmatch(schema.get("pattern", ".+"), value):
+            return ""
+        return self.rule(value)
 
-    return Kind(read, expected, {"type": "string", "pattern": f"^(?:{pattern})$"})
+
+def _text(pattern: str, expected: str) -> Kind:
+    return Kind(expected, {"type": "string", "pattern": f"^(?:{pattern})$"})
 
 
 def _integer(low: int, high: int) -> Kind:
-    def read(value: Any) -> int:
-        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,4}", value):
-            raise ValueError("leave out the quotes")
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ValueError
-        return value
-
     schema = {"type": "integer", "minimum": low, "maximum": high}
-    return Kind(read, f"a whole number from {low} to {high}", schema)
+    return Kind(f"a whole number from {low} to {high}", schema)
 
 
 def _one_of(*words: str) -> Kind:
-    def read(value: Any) -> str:
-        if value not in words:
-            close = difflib.get_close_matches(str(value), words, n=1)
-            raise ValueError(f"did you mean {close[0]}?" if close else "")
-        return str(value)
-
-    return Kind(read, " or ".join(words), {"enum": list(words)})
+    return Kind(" or ".join(words), {"enum": list(words)})
 
 
-def _off() -> Kind:
-    def read(value: Any) -> str:
-        if value is not False and value != "off":  # YAML 1.1 reads a bare `off` as false
-            raise ValueError("secured clusters come with a later version")
-        return "off"
-
-    return Kind(read, "off", {"enum": ["off", False]})
-
-
-def _list_of(item: Kind, expected: str) -> Kind:
-    def read(value: Any) -> tuple[Any, ...]:
-        if isinstance(value, str):
-            raise ValueError(f"for a single one: [{_shown(value)}]")
-        if not isinstance(value, list):
-            raise ValueError
-        for entry in value:
-            try:
-                item.read(entry)
-            except ValueError as error:
-                raise ValueError(f"{_shown(entry)} is not {item.expected}") from error
-        return tuple(value)
-
-    return Kind(read, expected, {"type": "array", "items": dict(item.schema)})
+def _address_fault(text: str) -> str | None:
+    if not re.fullmatch(r"[0-9./]+", text):
+        is_interface = re.fullmatch(r"[A-Za-z][A-Za-z0-9_.@-]{0,14}", text)
+        return None if is_interface else ""
+    try:
+        network = ipaddress.IPv4Network(text, strict=False)
+    except ValueError:
+        return "no such IPv4 address or network exists"
+    is_nowhere = network.prefixlen == 0 or network.is_unspecified
+    if is_nowhere or network.is_loopback or network.is_multicast:
+        return "other machines cannot reach that"
+    return None
 
 
-def _address() -> Kind:
-    def read(value: Any) -> str:
-        if not isinstance(value, str) or not value:
-            raise ValueError
-        if re.fullmatch(r"[0-9./]+", value):
-            try:
-                network = ipaddress.IPv4Network(value, strict=False)
-            except ValueError:
-                raise ValueError("no such IPv4 address or network exists") from None
-            if network.prefixlen == 0 or not _is_reachable(network):
-                raise ValueError("other machines cannot reach that")
-        elif not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.@-]{0,14}", value):
-            raise ValueError
-        return value
-
-    expected = "an IPv4 address, a network such as 10.10.0.0/16, or an interface name"
-    return Kind(read, expected, {"type": "string", "minLength": 1})
-
-
-def _is_reachable(network: ipaddress.IPv4Network) -> bool:
-    return not (network.is_loopback or network.is_multicast or network.is_unspecified)
+def _join_fault(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return f"for a single one: [{_shown(value)}]" if isinstance(value, str) else ""
+    wrong = [entry for entry in value if ENTRY.fault(entry) is not None]
+    return f"{_shown(wrong[0])} is not {ENTRY.expected}" if wrong else None
 
 
 _IPV4 = r"((25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])(\.(?!$)|$)){4}"
 _LABEL = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,62}"
 _HOST = rf"(?![0-9.]+$)(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*\.?"
-NAME = _string(
+NAME = _text(
     r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?", "up to 40 lower-case letters, digits and inner dashes"
 )
-DOMAIN = _string(r"[a-z0-9-]+(\.[a-z0-9-]+)*", "a DNS domain in lower case, such as consul")
-JOIN = _list_of(
-    _string(rf"provider=.+|{_IPV4}|{_HOST}", "an address, a DNS name or provider=…"),
-    "a list of addresses, DNS names, or Consul cloud auto-join strings (provider=…)",
+DOMAIN = _text(r"[a-z0-9-]+(\.[a-z0-9-]+)*", "a DNS domain in lower case, such as consul")
+ADDRESS = Kind(
+    "an IPv4 address, a network such as 10.10.0.0/16, or an interface name",
+    {"type": "string", "minLength": 1},
+    _address_fault,
 )
-IMAGE = _string(r"[a-z0-9][A-Za-z0-9_./:@-]*", "an image reference such as hashicorp/consul:1.21")
-LOCATION = _string(r"(https?://\S+|/\S+)", "an absolute path, or an http(s) URL")
-SHA256 = _string(r"[0-9a-f]{64}", "64 hexadecimal digits, as sha256sum prints them")
-SIZE = _string(r"[1-9][0-9]*[kmg]", "a size such as 10m")
-REQUIREMENT = _string(
+ENTRY = _text(rf"provider=.+|{_IPV4}|{_HOST}", "an address, a DNS name or provider=…")
+JOIN = Kind(
+    "a list of addresses, DNS names, or Consul cloud auto-join strings (provider=…)",
+    {"type": "array", "items": ENTRY.schema},
+    _join_fault,
+)
+SECTION = Kind("a mapping of keys to values", {"enum": []})
+# YAML 1.1 reads a bare `off` as false.
+OFF = Kind("off", {"enum": ["off", False]}, hint="secured clusters come with a later version")
+IMAGE = _text(r"[a-z0-9][A-Za-z0-9_./:@-]*", "an image reference such as hashicorp/consul:1.21")
+LOCATION = _text(r"(https?://\S+|/\S+)", "an absolute path, or an http(s) URL")
+SHA256 = _text(r"[0-9a-f]{64}", "64 hexadecimal digits, as sha256sum prints them")
+SIZE = _text(r"[1-9][0-9]*[kmg]", "a size such as 10m")
+REQUIREMENT = _text(
     r"[A-Za-z0-9][A-Za-z0-9_.\[\]=<>!~, +-]*", "a pip requirement such as nodeagent==1.0"
 )
 
 
-def _key(kind: Kind, doc: str, default: Any = dataclasses.MISSING) -> Any:
+def _key(kind: Kind | type, doc: str, default: Any = dataclasses.MISSING) -> Any:
+    """Return a field for a value of this kind, or for a section of keys that is a dataclass."""
     return dataclasses.field(default=default, metadata={"kind": kind, "doc": doc})
-
-
-def _section(cls: type, doc: str) -> Any:
-    return dataclasses.field(default_factory=cls, metadata={"section": cls, "doc": doc})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,13 +169,11 @@ class Log:
 class Engine:
     """Options of the Docker Engine."""
 
-    log: Log | None = dataclasses.field(
-        default=None,
-        metadata={
-            "section": Log,
-            "doc": "log driver and rotation; left out, 10 files of 10m, "
-            "unless the Engine's own configuration names a driver",
-        },
+    log: Log | None = _key(
+        Log,
+        "log driver and rotation; left out, 10 files of 10m, unless the Engine's own "
+        "configuration names a driver",
+        None,
     )
 
 
@@ -212,10 +193,7 @@ class Cluster:
 
     cluster: str = _key(NAME, "the cluster's name")
     servers: int = _key(_integer(1, 9), "how many servers the cluster has")
-    address: str = _key(
-        _address(),
-        "where this node is in the cluster's network",
-    )
+    address: str = _key(ADDRESS, "where this node is in the cluster's network")
     join: tuple[str, ...] = _key(
         JOIN,
         "where the servers are: addresses, DNS names (SRV or A), or Consul cloud auto-join strings",
@@ -224,12 +202,12 @@ class Cluster:
     domain: str = _key(DOMAIN, "Consul's DNS domain", "consul")
     datacenter: str = _key(NAME, "Consul's datacenter", "dc1")
     security: Literal["off"] = _key(
-        _off(), "this version neither encrypts nor authenticates inside the cluster"
+        OFF, "this version neither encrypts nor authenticates inside the cluster"
     )
-    consul: Consul = _section(Consul, "Consul")
-    swarm: Swarm = _section(Swarm, "Swarm")
-    engine: Engine = _section(Engine, "the Docker Engine")
-    agent: Agent = _section(Agent, "how new machines get nodeagent (used by user-data only)")
+    consul: Consul = _key(Consul, "Consul", Consul())
+    swarm: Swarm = _key(Swarm, "Swarm", Swarm())
+    engine: Engine = _key(Engine, "the Docker Engine", Engine())
+    agent: Agent = _key(Agent, "how new machines get nodeagent (used by user-data only)", Agent())
 
     @property
     def majority(self) -> int:
@@ -253,210 +231,161 @@ class Spec(Cluster):
         return self.role == "server"
 
 
+_UNREADABLE = {
+    FileNotFoundError: ("there is no such file", "write one; nodeagent schema lists the keys"),
+    IsADirectoryError: ("is a directory, not a file", ""),
+    PermissionError: ("cannot be read", "use sudo"),
+}
+
+
 def load(path: Path, as_: type[T]) -> T:
     """Read a `Spec` or `Cluster` from a YAML file.
 
     Raises SpecError with every problem found, each with its line.
     """
-
-    def refuse(message: str, hint: str = "") -> SpecError:
-        return SpecError((Problem(str(path), None, "", message, hint),))
-
+    hint = ""
     try:
         with path.open("rb") as file:
             data = file.read(LIMIT_BYTES + 1)
-        text = data.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise refuse(
-            "there is no such file", "write one; nodeagent schema lists the keys"
-        ) from None
-    except IsADirectoryError:
-        raise refuse("is a directory, not a file") from None
-    except PermissionError:
-        raise refuse("cannot be read", "use sudo") from None
+        if len(data) <= LIMIT_BYTES:
+            return parse(data.decode("utf-8-sig"), str(path), as_)
+        message = f"is larger than {LIMIT_BYTES} bytes; a spec has a few hundred"
     except OSError as error:
-        raise refuse(f"cannot be read: {error.strerror}") from error
+        other = (f"cannot be read: {error.strerror}", "")
+        message, hint = _UNREADABLE.get(type(error), other)
     except UnicodeDecodeError as error:
-        raise refuse(f"is not UTF-8 text (byte {error.start})") from None
-    if len(data) > LIMIT_BYTES:
-        raise refuse(f"is larger than {LIMIT_BYTES} bytes; a spec has a few hundred")
-    return parse(text, str(path), as_)
+        message = f"is not UTF-8 text (byte {error.start})"
+    raise SpecError((Problem(str(path), None, "", message, hint),))
 
 
 def parse(text: str, file: str, as_: type[T]) -> T:
     """Read a `Spec` or `Cluster` from YAML text; `file` is the name to complain about."""
     reader = _Reader(file)
     try:
-        result = _parse(reader, text, as_)
+        result = reader.document(text, as_)
     except RecursionError:
         reader.problems.clear()
-        reader.complain("", None, "is nested too deeply; a spec has three levels")
+        reader.complain("", "is nested too deeply; a spec has three levels")
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        found = _shown(chr(error.character))
+        reader.complain("", f"is not YAML: {found} is a character it does not allow", line=line)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        words = ", ".join(filter(None, (error.context, error.problem)))
+        hint = "indent with spaces, not tabs" if "'\\t'" in words else ""
+        reader.complain("", f"is not YAML: {words}", hint, mark.line + 1 if mark else None)
     if reader.problems:
         raise SpecError(tuple(reader.problems))
     return typing.cast(T, result)
 
 
-def _parse(reader: _Reader, text: str, as_: type) -> Any:
-    tree = reader.compose(text)
-    if isinstance(tree, yaml.MappingNode):
-        result = reader.mapping(as_, tree, "")
-        if not reader.problems:
-            _cross_check(result, reader)
-        return result
-    if not reader.problems:
-        found = "is empty" if tree is None else f"holds {_shown(reader.value(tree))}"
-        reader.complain("", None, f"{found}; a mapping of keys to values is needed")
-    return None
-
-
-class _NotPlainError(yaml.MarkedYAMLError):
-    """It is YAML, of a kind that a spec has no use for."""
-
-
 class _Loader(yaml.SafeLoader):
-    """YAML without what a spec has no use for: anchors, tags, dates and merged mappings."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        for what in ("anchor", "tag"):
-            name = getattr(event, what, None)
-            if name is not None:
-                raise _NotPlainError(
-                    problem=f"the {what} {name} has no place in a spec",
-                    problem_mark=event.start_mark,
-                )
-        return super().compose_node(parent, index)
+    """YAML in which dates are texts, as is a number with a zero before it or one without end."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] in _SCALARS]
+    first: [pair for pair in pairs if pair[0].rpartition(":")[2] in ("bool", "float", "null")]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]{0,17})$"), list("-+0123456789")
+)
+
+
+def _value(node: yaml.Node) -> Any:
+    return yaml.constructor.SafeConstructor().construct_document(node)
 
 
 class _Reader:
-    """Turns a YAML node tree into dataclasses, gathering problems as it goes."""
+    """Turns YAML into dataclasses, gathering problems as it goes."""
 
     def __init__(self, file: str) -> None:
         self.file = file
         self.problems: list[Problem] = []
         self.lines: dict[str, int] = {}
 
-    def complain(self, path: str, line: int | None, message: str, hint: str = "") -> None:
+    def complain(self, path: str, message: str, hint: str = "", line: int | None = None) -> None:
+        line = line or self.lines.get(path)
         self.problems.append(Problem(self.file, line, path, message, hint))
 
-    def compose(self, text: str) -> yaml.Node | None:
-        try:
-            tree: yaml.Node | None = yaml.compose(text, _Loader)
-            return tree
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            words = ", ".join(filter(None, (error.context, error.problem)))
-            hint = "indent with spaces, not tabs" if "'\\t'" in words else ""
-            if not isinstance(error, _NotPlainError):
-                words = f"is not YAML: {words}"
-            self.complain("", mark.line + 1 if mark else None, words, hint)
-        except yaml.reader.ReaderError as error:
-            line = text[: error.position].count("\n") + 1
-            found = _shown(chr(error.character))
-            self.complain("", line, f"is not YAML: {found} is a character it does not allow")
-        return None
-
-    def value(self, node: yaml.Node) -> Any:
-        """Return what a node means: a scalar, or a list or dict of such values."""
-        if isinstance(node, yaml.SequenceNode):
-            return [self.value(item) for item in node.value]
-        if isinstance(node, yaml.MappingNode):
-            return {_name(self.value(key)): self.value(item) for key, item in node.value}
-        try:
-            return yaml.constructor.SafeConstructor().construct_document(node)
-        except ValueError:  # a number that is too long for Python
-            return node.value
+    def document(self, text: str, cls: type) -> Any:
+        """Return a `cls`, or None after a complaint. Raises what yaml raises."""
+        tree = yaml.compose(text, _Loader)
+        events: Any = yaml.parse(text, _Loader)
+        for event in events:
+            for what in ("anchor", "tag"):
+                if name := getattr(event, what, None):
+                    words = f"the {what} {name} has no place in a spec"
+                    return self.complain("", words, line=event.start_mark.line + 1)
+        if not isinstance(tree, yaml.MappingNode):
+            found = "is empty" if tree is None else f"holds {_shown(_value(tree))}"
+            return self.complain("", f"{found}; a mapping of keys to values is needed")
+        result = self.mapping(cls, tree, "")
+        if result is not None:
+            _cross_check(result, self.complain)
+        return result
 
     def mapping(self, cls: type, node: yaml.MappingNode, path: str) -> Any:
+        """Return a `cls`, or None if anything was wrong so far."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        hints = typing.get_type_hints(cls)
         found: dict[str, Any] = {}
-        wrong = False
         for key_node, value_node in node.value:
-            key, line = _name(self.value(key_node)), key_node.start_mark.line + 1
-            at = f"{path}.{key}" if path else key
-            self.lines.setdefault(at, line)
+            key, line = _name(_value(key_node)), key_node.start_mark.line + 1
+            first = self.lines.setdefault(path + key, line)
             if key not in fields:
-                close = difflib.get_close_matches(key, fields, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(fields)}"
-                self.complain(at, line, "unknown key", hint)
+                hint = _meant(key, fields) or f"known: {', '.join(fields)}"
+                self.complain(path + key, "unknown key", hint, line)
             elif key in found:
-                first = self.lines[at]
-                self.complain(at, line, "given twice", f"first on line {first}; keep one")
+                hint = f"first on line {first}; keep one"
+                self.complain(path + key, "given twice", hint, line)
             else:
-                found[key] = self.field(fields[key], hints[key], value_node, at, line)
+                found[key] = self.field(fields[key], value_node, path + key)
         for name, field in fields.items():
-            has_default = (
-                field.default is not dataclasses.MISSING
-                or field.default_factory is not dataclasses.MISSING
-            )
-            if name not in found and not has_default:
-                kind: Kind = field.metadata["kind"]
-                wrong = True
-                self.complain(
-                    f"{path}.{name}" if path else name,
-                    None,
-                    f"is missing; allowed: {kind.expected}",
-                    field.metadata["doc"],
-                )
-        if wrong or any(value is dataclasses.MISSING for value in found.values()):
-            return None
-        return cls(**found)
+            if name not in found and field.default is dataclasses.MISSING:
+                message = f"is missing; allowed: {field.metadata['kind'].expected}"
+                self.complain(path + name, message, field.metadata["doc"])
+        return None if self.problems else cls(**found)
 
-    def field(
-        self, field: dataclasses.Field[Any], hint: Any, node: yaml.Node, at: str, line: int
-    ) -> Any:
-        section = field.metadata.get("section")
-        if section is not None and isinstance(node, yaml.MappingNode):
-            result = self.mapping(section, node, at)
-            return dataclasses.MISSING if result is None else result
-        value = self.value(node)
-        if section is not None:
-            if value is None:  # `consul:` with everything below it commented out
-                return _default(field)
-            self.complain(at, line, f"found {_shown(value)}; allowed: a mapping of keys to values")
-            return dataclasses.MISSING
-        kind: Kind = field.metadata["kind"]
-        if value is None and type(None) in typing.get_args(hint):
-            return None
-        try:
-            return kind.read(value)
-        except ValueError as error:
-            message = f"found {_shown(value)}; allowed: {kind.expected}"
-            self.complain(at, line, message, str(error))
-            return dataclasses.MISSING
+    def field(self, field: dataclasses.Field[Any], node: yaml.Node, at: str) -> Any:
+        kind = field.metadata["kind"]
+        if not isinstance(kind, Kind):
+            if isinstance(node, yaml.MappingNode):
+                return self.mapping(kind, node, f"{at}.")
+            kind = SECTION
+        value = _value(node)
+        if value is None and (kind is SECTION or field.default is None):
+            return field.default  # `consul:` with everything below it commented out
+        hint = kind.fault(value)
+        if hint is not None:
+            self.complain(at, f"found {_shown(value)}; allowed: {kind.expected}", hint)
+        if value is False:  # a bare `off`
+            return "off"
+        return tuple(value) if isinstance(value, list) else value
 
 
-def _cross_check(spec: Any, reader: _Reader) -> None:
+def _cross_check(spec: Any, complain: Callable[[str, str, str], None]) -> None:
     """Rules that need more than one key."""
-
-    def complain(path: str, message: str, hint: str) -> None:
-        reader.complain(path, reader.lines.get(path), message, hint)
-
-    if not spec.join and (spec.servers > 1 or getattr(spec, "role", "server") == "worker"):
-        complain(
-            "join",
-            "found nothing; the servers cannot be found",
-            "list their addresses or a DNS name",
-        )
     consul: Consul = spec.consul
+    agent: Agent = spec.agent
+    if not spec.join and (spec.servers > 1 or getattr(spec, "role", "server") == "worker"):
+        hint = "list their addresses or a DNS name"
+        complain("join", "found nothing; the servers cannot be found", hint)
     if consul.archive and not consul.sha256:
         complain("consul.archive", "needs consul.sha256 beside it", f"sha256sum {consul.archive}")
     if consul.sha256 and not consul.archive:
         complain("consul.sha256", "needs consul.archive beside it", "name the file it belongs to")
-    agent: Agent = spec.agent
     if bool(agent.url) != bool(agent.sha256):
         complain("agent", "url and sha256 go together", "give both or neither")
     if agent.url and agent.package:
         complain("agent", "both url and package are given", "keep one")
     if agent.index and not agent.package:
         complain("agent.index", "needs agent.package beside it", "name what to install from it")
+
+
+def _meant(text: str, words: Iterable[str]) -> str:
+    close = difflib.get_close_matches(text, list(words), n=1)
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def _name(key: Any) -> str:
@@ -470,33 +399,21 @@ def _shown(value: Any) -> str:
         return "nothing"
     if isinstance(value, bool):
         return str(value).lower()
-    kind = (
-        "a list: " if isinstance(value, list) else "a mapping: " if isinstance(value, dict) else ""
-    )
-    text = kind + (ascii(value) if not str(value).isprintable() else repr(value))
+    text = repr(value) if str(value).isprintable() else ascii(value)
+    for cls, name in ((list, "a list"), (dict, "a mapping")):
+        text = f"{name}: {text}" if isinstance(value, cls) else text
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def dump(spec: Cluster) -> dict[str, Any]:
+def dump(spec: Any) -> dict[str, Any]:
     """Return the spec as plain data that `parse` reads back to the same spec, defaults left out."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            pairs = {
-                field.name: getattr(value, field.name)
-                for field in dataclasses.fields(value)
-                if getattr(value, field.name) != _default(field)
-            }
-            return {name: plain(item) for name, item in pairs.items()}
-        return list(value) if isinstance(value, tuple) else value
-
-    return typing.cast("dict[str, Any]", plain(spec))
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
+    found = {}
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if value != field.default:
+            plain = list(value) if isinstance(value, tuple) else value
+            found[field.name] = dump(value) if dataclasses.is_dataclass(value) else plain
+    return found
 
 
 def json_schema() -> dict[str, Any]:
@@ -504,22 +421,21 @@ def json_schema() -> dict[str, Any]:
 
     def of(cls: type) -> dict[str, Any]:
         properties: dict[str, Any] = {}
-        required = []
         for field in dataclasses.fields(cls):
-            section = field.metadata.get("section")
-            entry = of(section) if section else dict(field.metadata["kind"].schema)
-            default = _default(field)
-            if section:
-                entry["type"] = ["object", "null"]
+            kind, default = field.metadata["kind"], field.default
+            if not isinstance(kind, Kind):
+                entry = {**of(kind), "type": ["object", "null"]}
             elif default is None:
-                entry = {"anyOf": [entry, {"type": "null"}]}
-            if default is dataclasses.MISSING:
-                required.append(field.name)
-            elif not section and default is not None:
-                entry["default"] = list(default) if isinstance(default, tuple) else default
+                entry = {"anyOf": [kind.schema, {"type": "null"}]}
+            elif default is dataclasses.MISSING:
+                entry = {**kind.schema}
+            else:
+                plain = list(default) if isinstance(default, tuple) else default
+                entry = {**kind.schema, "default": plain}
             properties[field.name] = {"description": field.metadata["doc"], **entry}
         result = {"type": "object", "additionalProperties": False, "properties": properties}
-        return {**result, "required": required} if required else result
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        return {**result, "required": needed} if needed else result
 
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

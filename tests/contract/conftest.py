@@ -1,12 +1,22 @@
-"""The two lab machines that the contracts of the Engine and of systemd share."""
+"""What the contracts share: a prepared box, and two lab machines for the Engine and systemd."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
+from tests.lab import host, images
 from tests.lab.lab import Lab, Machine
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prepared() -> None:
+    """Fetch what the tests need before any of them enters a network that leads nowhere."""
+    if os.geteuid() == 0:
+        host.prepare()
+        images.consul_binary()
 
 
 @pytest.fixture(scope="session")
