@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from nodeagent import __version__, paths
 from nodeagent.errors import Exit, HostError, NodeagentError, NotRootError, SpecError
@@ -32,6 +32,17 @@ exit codes:
   78  the spec is wrong
 
 nodeagent VERB --help shows an example of each verb."""
+
+EXAMPLES = {
+    "run": "systemctl start nodeagent",
+    "apply": "sudo nodeagent apply --timeout 120",
+    "plan": "sudo nodeagent plan",
+    "status": "nodeagent status --wait --timeout 120",
+    "install": "sudo nodeagent install --spec node.yaml",
+    "user-data": "nodeagent user-data --role server cluster.yaml > server.yaml",
+    "validate": "nodeagent validate node.yaml",
+    "schema": "nodeagent schema > node.schema.json",
+}
 
 log = logging.getLogger("nodeagent")
 
@@ -228,117 +239,61 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(
-        name: str, act: Callable[[argparse.Namespace], int], about: str, example: str
+        name: str, act: Callable[[argparse.Namespace], int], about: str
     ) -> argparse.ArgumentParser:
         added = verbs.add_parser(
             name,
             help=about,
             description=f"{about[0].upper()}{about[1:]}.",
-            epilog=f"example: {example}",
+            epilog=f"example: {EXAMPLES[name]}",
         )
         added.set_defaults(act=act)
         return added
 
-    def with_spec(added: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        added.add_argument(
-            "--spec",
-            type=Path,
-            default=paths.SPEC,
-            metavar="FILE",
-            help=f"the spec; default {paths.SPEC}",
-        )
-        return added
+    flag: dict[str, Any] = {"action": "store_true"}
+    file: dict[str, Any] = {"type": Path, "metavar": "FILE"}
+    seconds: dict[str, Any] = {"type": _seconds, "metavar": "S"}
 
-    with_spec(
-        verb(
-            "run",
-            _run,
-            "converge this node for ever; what the systemd unit starts",
-            "systemctl start nodeagent",
+    run = verb("run", _run, "converge this node for ever; what the systemd unit starts")
+    apply = verb("apply", _apply, "converge this node once, showing progress")
+    plan = verb("plan", _plan, "show what apply would change here; change nothing")
+    for added in (run, apply, plan):
+        added.add_argument(
+            "--spec", **file, default=paths.SPEC, help=f"the spec; default {paths.SPEC}"
         )
-    )
-    added = with_spec(
-        verb(
-            "apply",
-            _apply,
-            "converge this node once, showing progress",
-            "sudo nodeagent apply --timeout 120",
-        )
-    )
-    added.add_argument(
-        "--timeout",
-        type=_seconds,
-        default=300.0,
-        metavar="S",
-        help="give up waiting for others after S seconds; default 300",
-    )
-    added = with_spec(
-        verb(
-            "plan",
-            _plan,
-            "show what apply would change here; change nothing",
-            "sudo nodeagent plan",
-        )
-    )
-    added.add_argument("--json", action="store_true", help="as JSON")
-    added = verb(
-        "status", _status, "show how this node stands", "nodeagent status --wait --timeout 120"
-    )
-    added.add_argument("--wait", action="store_true", help="return when the node is ready")
-    added.add_argument("--watch", action="store_true", help="show every change until interrupted")
-    added.add_argument("--timeout", type=_seconds, metavar="S", help="give up after S seconds")
-    added.add_argument(
-        "--json", action="store_true", help="as JSON; with --watch, one line for each change"
-    )
-    added = verb(
-        "install",
-        _install,
-        "put the program, its units and a spec in place",
-        "sudo nodeagent install --spec node.yaml",
-    )
-    added.add_argument(
-        "--spec", type=Path, dest="spec_file", metavar="FILE", help=f"becomes {paths.SPEC}"
-    )
-    added.add_argument(
-        "--no-start", action="store_true", help="only enable the unit, as for an image"
-    )
-    added = verb(
-        "user-data",
-        _user_data,
-        "write cloud-init user-data for one role to stdout",
-        "nodeagent user-data --role server cluster.yaml > server.yaml",
-    )
-    added.add_argument(
+    until = "give up waiting for others after S seconds; default 300"
+    apply.add_argument("--timeout", **seconds, default=300.0, help=until)
+    plan.add_argument("--json", **flag, help="as JSON")
+
+    status = verb("status", _status, "show how this node stands")
+    status.add_argument("--wait", **flag, help="return when the node is ready")
+    status.add_argument("--watch", **flag, help="show every change until interrupted")
+    status.add_argument("--timeout", **seconds, help="give up after S seconds")
+    status.add_argument("--json", **flag, help="as JSON; with --watch, one line for each change")
+
+    install = verb("install", _install, "put the program, its units and a spec in place")
+    install.add_argument("--spec", **file, dest="spec_file", help=f"becomes {paths.SPEC}")
+    install.add_argument("--no-start", **flag, help="only enable the unit, as for an image")
+
+    user_data = verb("user-data", _user_data, "write cloud-init user-data for one role to stdout")
+    user_data.add_argument(
         "--role", choices=("server", "worker"), required=True, help="what these machines are to be"
     )
-    added.add_argument(
+    user_data.add_argument(
         "cluster",
         type=Path,
         metavar="CLUSTER.yaml",
         help="a spec without role; its agent key says where machines get nodeagent",
     )
-    added = verb(
-        "validate",
-        _validate,
-        "check a spec; no node and no root needed",
-        "nodeagent validate node.yaml",
+
+    validate = verb("validate", _validate, "check a spec; no node and no root needed")
+    validate.add_argument(
+        "file", **file, nargs="?", default=paths.SPEC, help=f"default {paths.SPEC}"
     )
-    added.add_argument(
-        "file",
-        type=Path,
-        nargs="?",
-        default=paths.SPEC,
-        metavar="FILE",
-        help=f"default {paths.SPEC}",
-    )
-    added.add_argument("--cluster", action="store_true", help="a cluster file: it has no role")
-    added.add_argument("--json", action="store_true", help="print the spec as read")
-    verb(
-        "schema",
-        _schema,
-        "write the JSON Schema of node.yaml to stdout",
-        "nodeagent schema > node.schema.json",
-    )
+    validate.add_argument("--cluster", **flag, help="a cluster file: it has no role")
+    validate.add_argument("--json", **flag, help="print the spec as read")
+
+    verb("schema", _schema, "write the JSON Schema of node.yaml to stdout")
     return parser
 
 

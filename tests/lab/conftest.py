@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.lab import cluster, images
+from tests.lab.host import LabError
 from tests.lab.lab import Lab, Machine
 
 TESTS = images.lab_dir() / "tests"  # beside the demo's lab, so that both can be up
@@ -20,6 +23,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.lab)
             if os.geteuid() != 0:
                 item.add_marker(pytest.mark.skip(reason="boots machines: needs root (sudo)"))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Put what the machines' journals end with beside a failure."""
+    outcome: Any = yield
+    report: pytest.TestReport = outcome.get_result()
+    if report.failed and TESTS.is_dir():
+        for name, machine in Lab(TESTS).machines().items():
+            with contextlib.suppress(LabError):
+                units = ("-u", "nodeagent", "-u", "docker", "-u", "nodeagent-engine")
+                said = machine.run("journalctl", "-b", "-n", "40", "-o", "short-monotonic", *units)
+                report.sections.append((f"journal of {name}", said.stdout))
 
 
 @pytest.fixture(scope="session")

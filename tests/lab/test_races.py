@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +19,7 @@ SYSTEM_DOCKER = "docker -H unix:///run/nodeagent-engine/docker.sock"
 
 
 @pytest.fixture(scope="module")
-def servers(four: list[Machine]) -> list[Machine]:
+def servers(four: list[Machine]) -> Iterator[list[Machine]]:
     """The three servers, with the agent run by the driver that can kill it; the worker is off."""
     for machine in four[3:]:
         machine.power_off()
@@ -30,7 +31,19 @@ def servers(four: list[Machine]) -> list[Machine]:
             "ReadWritePaths=/run/driver\n",
         )
         machine.sh("mkdir -p /run/driver && systemctl daemon-reload")
-    return four[:3]
+    yield four[:3]
+    on_all(
+        four[:3],
+        "systemctl stop nodeagent; rm -rf /run/driver "
+        "/etc/systemd/system/nodeagent.service.d/driver.conf;"
+        "systemctl daemon-reload; systemctl start nodeagent",
+    )
+    for machine in four[3:]:
+        machine.boot()
+        machine.wait_booted()
+        # Its Swarm is gone: a later issue lets a worker find that out by itself.
+        machine.sh("docker swarm leave --force >/dev/null 2>&1 || true")
+    cluster.wait_ready(four)
 
 
 def on_all(machines: list[Machine], script: str) -> None:
