@@ -57,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.DEBUG if arguments.verbose else level,
     )
     try:
-        return int(arguments.act(arguments))
+        code = int(arguments.act(arguments))
+        sys.stdout.flush()  # here, where a reader that has gone away is no error
+        return code
     except NodeagentError as error:
         print(f"nodeagent: {error}", file=sys.stderr)
         return error.exit_code
