@@ -29,8 +29,9 @@ SETTLED_S = 30.0  # between rounds when everything is right; events come sooner
 FEED_S = 10.0  # between feedings of the watchdog, which allows 60 s
 
 # Between rounds while something is waited for: a twentieth of the time it has lasted, so what is
-# noticed late is late by 5 %, and a wait of hours costs little.
-SHORTEST_S, SHARE, LONGEST_S = 0.05, 0.05, 5.0
+# noticed late is late by 5 %, and a wait of hours costs little; but no shorter than a round takes,
+# thrice, because what is waited for may need the same processor.
+SHORTEST_S, SHARE, ROUNDS, LONGEST_S = 0.05, 0.05, 3, 5.0
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Loop:
         end = None if deadline_s is None else clock.monotonic() + deadline_s
         sentence, since = "", clock.monotonic()
         while True:
+            round_began = clock.monotonic()
             cycle = self._cycle()
             self.changes_made += cycle.made_changes
             if cycle.sentence != sentence:
@@ -70,7 +72,8 @@ class Loop:
             now = clock.monotonic()
             if until(cycle) or (end is not None and now >= end):
                 return cycle
-            pause_s = SETTLED_S if cycle.is_ready else _retry_s(now - since)
+            retry_s = _retry_s(now - since, now - round_began)
+            pause_s = SETTLED_S if cycle.is_ready else retry_s
             pause_s *= self.jitter(0.8, 1.2)
             self._sleep(pause_s if end is None else min(pause_s, end - now))
 
@@ -123,8 +126,8 @@ class Loop:
                 return
 
 
-def _retry_s(waited_s: float) -> float:
-    return min(max(SHORTEST_S, SHARE * waited_s), LONGEST_S)
+def _retry_s(waited_s: float, round_s: float) -> float:
+    return min(max(SHORTEST_S, SHARE * waited_s, ROUNDS * round_s), LONGEST_S)
 
 
 def watch(host: Host, spec: Spec, stop: threading.Event) -> tuple[threading.Thread, ...]:

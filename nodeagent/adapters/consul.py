@@ -16,6 +16,7 @@ from nodeagent.host import SERVICE_ID_PREFIX, ConsulSelf, Entry, Member, Op, Ser
 
 TIMEOUT_S = 10  # above the 7 s for which Consul itself holds a call that finds no leader
 WATCH = "5m"
+WATCH_RETRY_S = 0.25  # while Consul does not answer; without a leader it holds the call for 7 s
 SERF_ALIVE = 1  # hashicorp/serf: MemberStatus
 DEFINITION = "nodeagent-check"  # in a service's meta: Consul does not tell how a check was defined
 
@@ -166,7 +167,8 @@ class LocalConsul:
     def watch(self, prefix: str, wake: Callable[[], None], stop: threading.Event) -> None:
         """Wake whenever a key below `prefix` changes, by blocking queries.
 
-        Also after an outage: what changed in the meantime cannot be told.
+        Also after an outage, whose end is the first leader of a new cluster too: what changed in
+        the meantime cannot be told.
         """
         index, was_lost = None, False
         while not stop.is_set():
@@ -174,7 +176,7 @@ class LocalConsul:
                 found, _ = self._watch_client.kv.get(prefix, recurse=True, index=index, wait=WATCH)
             except (consul.ConsulException, requests.RequestException, ValueError):
                 index, was_lost = None, True
-                stop.wait(1)
+                stop.wait(WATCH_RETRY_S)
                 continue
             if was_lost or (index is not None and found != index):
                 wake()

@@ -13,8 +13,6 @@ import docker.auth
 import docker.errors
 import docker.utils
 import requests
-from cryptography import x509
-from cryptography.x509.oid import NameOID
 
 from nodeagent.errors import HostError
 from nodeagent.host import Container, ContainerState, EngineInfo, SwarmInfo
@@ -255,6 +253,9 @@ def _cluster_of_certificate(data_root: Path) -> str:
 
     Source: swarmkit ca/certificates.go, `GenerateNewCSR`: O is the cluster, OU the role.
     """
+    from cryptography import x509  # workers alone need it, and it takes a while to import
+    from cryptography.x509.oid import NameOID
+
     try:
         pem = (data_root / "swarm/certificates/swarm-node.crt").read_bytes()
         names = x509.load_pem_x509_certificate(pem).subject

@@ -1,14 +1,17 @@
-"""DNS, asked over TCP where more than three answers matter."""
+"""DNS, asked over TCP where more than three answers matter.
+
+dnspython is imported when it is first needed: by then Consul has been started, and the time the
+import takes is spent while Consul elects a leader.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
-import dns.exception
-import dns.rdatatype
-import dns.resolver
+from typing import TYPE_CHECKING, Any
 
 from nodeagent.errors import HostError
+
+if TYPE_CHECKING:
+    import dns.resolver
 
 LIFETIME_S = 3.0
 CONSUL_DNS_PORT = 8600
@@ -21,6 +24,8 @@ class DnsResolver:
         self._resolv_conf = resolv_conf
 
     def consul_servers(self, domain: str) -> tuple[str, ...]:
+        import dns.resolver
+
         resolver = dns.resolver.Resolver(configure=False)
         resolver.nameservers = ["127.0.0.1"]
         resolver.port = CONSUL_DNS_PORT
@@ -28,6 +33,9 @@ class DnsResolver:
         return self._targets(resolver, f"consul.service.{domain}.")
 
     def addresses(self, name: str) -> tuple[str, ...]:
+        import dns.exception
+        import dns.resolver
+
         try:
             resolver = dns.resolver.Resolver(self._resolv_conf)
         except dns.exception.DNSException as error:
@@ -42,6 +50,9 @@ class DnsResolver:
         return tuple(str(record.target) for record in self._records(resolver, name, "SRV"))
 
     def _records(self, resolver: dns.resolver.Resolver, name: str, kind: str) -> list[Any]:
+        import dns.exception
+        import dns.resolver
+
         try:
             return list(resolver.resolve(name, kind, tcp=True, lifetime=LIFETIME_S))
         except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):

@@ -7,8 +7,6 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import pytest
-
 from tests.lab import cluster, images
 from tests.lab.host import Waiting, wait_until
 from tests.lab.lab import Lab, Machine
@@ -197,11 +195,9 @@ def test_all_machines_lose_power_at_once_and_come_back(four: list[Machine]) -> N
     assert assert_one_swarm(four) == before
 
 
-@pytest.fixture(scope="module")
-def late(lab: Lab, four: list[Machine]) -> Machine:  # noqa: ARG001 - the cluster comes first
-    """A fifth machine whose agent lives an hour later than everything else."""
-    data = cluster.cluster_file(lab)
-    (machine,) = cluster.make(lab, data, {"worker2": "10.10.0.22"})
+def an_hour_later(lab: Lab, name: str, address: str) -> Machine:
+    """A new worker whose agent lives an hour later than everything else; off."""
+    (machine,) = cluster.make(lab, cluster.cluster_file(lab), {name: address})
     (library,) = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
     (machine.upper / "opt").mkdir(exist_ok=True)
     shutil.copy(library, machine.upper / "opt/libfaketime.so.1")
@@ -210,22 +206,24 @@ def late(lab: Lab, four: list[Machine]) -> Machine:  # noqa: ARG001 - the cluste
         "[Service]\nEnvironment=LD_PRELOAD=/opt/libfaketime.so.1 FAKETIME=+1h "
         "DONT_FAKE_MONOTONIC=1\n",
     )
-    machine.boot()
     return machine
 
 
-def test_a_machine_that_comes_later_joins(four: list[Machine], late: Machine) -> None:
-    cluster.wait_ready([late])
-    hours_ahead = (cluster.status(late)["updated"] - cluster.status(four[0])["updated"]) / 3600
-    assert 0.9 < hours_ahead < 1.1, "the clock was not faked"
-    assert_one_swarm([*four, late])
+def test_a_machine_that_comes_an_hour_later_joins(lab: Lab, four: list[Machine]) -> None:
+    machine = an_hour_later(lab, "worker2", "10.10.0.22")
+    machine.boot()
+    cluster.wait_ready([machine])
+    hours = (cluster.status(machine)["updated"] - cluster.status(four[0])["updated"]) / 3600
+    assert 0.9 < hours < 1.1, "the clock was not faked"
+    assert_one_swarm([*four, machine])
+    machine.destroy()
 
 
-def test_a_machine_joins_when_the_first_server_is_gone(lab: Lab, four: list[Machine]) -> None:
+def test_it_joins_when_the_first_server_is_gone_too(lab: Lab, four: list[Machine]) -> None:
     record = json.loads(cluster.consul_kv(four[0], "swarm/state"))
     first = next(machine for machine in four if machine.name == record["node"])
     first.kill()
-    (machine,) = cluster.make(lab, cluster.cluster_file(lab), {"worker3": "10.10.0.23"})
+    machine = an_hour_later(lab, "worker3", "10.10.0.23")
     machine.boot()
     try:
         cluster.wait_ready([machine])
