@@ -44,7 +44,6 @@ class SwarmInfo:
     labels: Mapping[str, str] = field(default_factory=dict)
     nodes: int = 0
     error: str = ""
-    remote_managers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,6 @@ class EngineInfo:
     log_driver: str
     live_restore: bool
     swarm: SwarmInfo
-    cluster_store: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from pathlib import Path
 SPEC = Path("/etc/nodeagent/node.yaml")
 DAEMON_JSON = Path("/etc/docker/daemon.json")
 MACHINE_ID = Path("/etc/machine-id")
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 UNITS = Path("/etc/systemd/system")
 
 PROGRAM = Path("/opt/nodeagent")

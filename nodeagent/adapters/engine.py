@@ -242,9 +242,6 @@ def _swarm(info: Mapping[str, Any], root: Path) -> SwarmInfo:
         labels=(cluster.get("Spec") or {}).get("Labels") or {},
         nodes=int(swarm.get("Nodes") or 0),
         error=str(swarm.get("Error") or ""),
-        remote_managers=tuple(
-            str(manager.get("Addr")) for manager in swarm.get("RemoteManagers") or ()
-        ),
     )
 
 
