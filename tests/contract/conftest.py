@@ -19,7 +19,7 @@ def prepared() -> None:
         images.consul_binary()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # they would take the lab's tests their processor time
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machine, Machine]]:
     with Lab(tmp_path_factory.mktemp("lab")) as lab:
         one = lab.machine("one", address="10.10.0.11")
