@@ -38,7 +38,7 @@ def consul_pid(machine: Machine) -> int:
 
 def restarts_of(machine: Machine, unit: str = "docker.service") -> int:
     """How often a unit was stopped since boot, by the journal."""
-    return machine.run("journalctl", "-b", "-u", unit).stdout.count("Stopping ")
+    return machine.run("journalctl", "-b", "-u", unit).stdout.count(f"Stopping {unit}")
 
 
 def assert_one_swarm(machines: Iterable[Machine], nodes: set[str] | None = None) -> str:

@@ -3,6 +3,9 @@
 The floor is what a person could do who knows everything beforehand: start Consul everywhere,
 wait for the election, `swarm init` on a chosen server, and join the others at once with the tokens
 handed to them. Both begin at the same state: Engines running, images loaded, options in place.
+
+It comes last in a session: an Engine (26.1) that leaves one Swarm and joins the next without a
+restart in between may find its port 7946 still taken, and has no overlay networks from then on.
 """
 
 from __future__ import annotations
