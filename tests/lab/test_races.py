@@ -134,9 +134,10 @@ def test_the_initialiser_killed_at_every_change(
     whole = run_of_the_initialiser(victim, others, -1)
     claim = whole.index("claim the cluster's one swarm init")
     assert whole[claim + 1].startswith("initialise the cluster's Swarm")
-    moments = range(len(whole)) if is_every_change else range(claim + 1, claim + 5)
+    last = len(whole) if is_every_change else claim + 5
+    moments = range(1 if is_every_change else claim + 1, last + 1)
     for die_after in moments:
         run_of_the_initialiser(victim, others, die_after)
         assert victim.run("test", "-e", "/run/driver/died", check=False).returncode == 0
-        print(f"killed before change {die_after + 1}, {whole[die_after]!r}: one Swarm")
+        print(f"killed after change {die_after}, {whole[die_after - 1]!r}: one Swarm")
     print(f"killed at each of {len(moments)} changes")
