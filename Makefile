@@ -48,9 +48,7 @@ schema: venv  ## write docs/node.schema.json
 	$(BIN)/nodeagent schema > docs/node.schema.json.new && mv docs/node.schema.json.new docs/node.schema.json
 
 examples: venv  ## write cloud-init/*.example.yaml again, from cloud-init/cluster.example.yaml
-	@for role in server worker; do \
-		$(BIN)/nodeagent user-data --role $$role cloud-init/cluster.example.yaml > cloud-init/$$role.new && \
-		mv cloud-init/$$role.new cloud-init/$$role.example.yaml; done
+	$(BIN)/python -m tools.render_examples
 
 golden: venv  ## write tests/golden/ again, from what the program says now; then read the diff
 	NODEAGENT_GOLDEN=write $(BIN)/pytest -q tests/unit

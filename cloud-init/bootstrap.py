@@ -35,20 +35,31 @@ def say(sentence: str) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Get the program as CONFIG.json says and become `nodeagent install`; exits 1 if it cannot."""
+    """Get the program as CONFIG.json says and exit as `nodeagent install` does, or 1 before it."""
     try:
         config = json.loads(Path(argv[1]).read_text("utf-8"))
         program = Path(config.get("program", PROGRAM))
         command = get_program(config, program)
         say("installing")
-        os.environ["SHIV_ROOT"] = str(program / "lib")
-        os.execv(command[0], [*command, "install", "--spec", config["spec"]])
+        sys.exit(install(command, config, program))
     except BootstrapError as error:
         problem = str(error)
     except OSError as error:
         problem = f"{error} (mend that, then run this again: python3 {' '.join(argv)})"
     print(f"nodeagent: could not be installed: {problem}", file=sys.stderr, flush=True)
     sys.exit(1)
+
+
+def install(command: list[str], config: dict[str, str], program: Path) -> int:
+    """Run `nodeagent install`; return its exit status. Secrets do not stay where they came in."""
+    words = [*command, "install", "--spec", config["spec"]]
+    secrets = Path(config["secrets"]) if "secrets" in config else None
+    if secrets and secrets.exists():  # else they are installed already
+        words += ["--secrets", str(secrets)]
+    code = subprocess.run(words, env={**os.environ, "SHIV_ROOT": str(program / "lib")}).returncode
+    if secrets and not code:
+        secrets.unlink(missing_ok=True)
+    return code
 
 
 def get_program(config: dict[str, str], program: Path) -> list[str]:

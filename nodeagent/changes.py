@@ -6,13 +6,17 @@ run, and each is safe to make again.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from nodeagent import secrets
 from nodeagent.errors import HostError, Secret
-from nodeagent.host import Container, Host, Op, Service
+from nodeagent.host import Container, Host, Op, Policy, Service, Token
+from nodeagent.secrets import NodeTokens, Request, ServerSecrets
+from nodeagent.spec import Spec
 
 CLUSTER_LABEL = "nodeagent.cluster"  # on a Swarm: which cluster's agents made it
 
@@ -37,6 +41,140 @@ class WriteFile:
 
     def apply(self, host: Host) -> None:
         host.files.write(self.path, self.text, self.mode)
+
+
+@dataclass(frozen=True)
+class WriteSecret:
+    """Write a file that root alone can read."""
+
+    path: Path
+    text: Secret
+
+    def __str__(self) -> str:
+        return f"write {self.path}"
+
+    def apply(self, host: Host) -> None:
+        host.files.write(self.path, self.text.reveal(), 0o600)
+
+
+@dataclass(frozen=True)
+class IssueCertificate:
+    """Make this server a new key and certificate, signed by the cluster's CA."""
+
+    path: Path
+    seed: Secret  # of the CA
+    authority: str = field(repr=False)
+    names: tuple[str, ...]
+    lifetime_s: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"issue a certificate for {self.names[-1]}: {self.why}"
+
+    def apply(self, host: Host) -> None:
+        now = host.clock.now()
+        made = host.pki.issue(self.seed, self.authority, self.names, self.lifetime_s, now)
+        host.files.write(self.path, made.reveal(), 0o600)
+
+
+@dataclass(frozen=True)
+class MakeNodeToken:
+    """Make up this node's own tokens, or one more for a new generation of them."""
+
+    path: Path
+    seen: NodeTokens | None
+    generation: str  # "": the local one alone, as servers need it
+
+    def __str__(self) -> str:
+        return "make a token of this node's own"
+
+    def apply(self, host: Host) -> None:
+        def new() -> Secret:
+            return secrets.token(host.pki, host.pki.seed(), "node token")
+
+        own = self.seen or NodeTokens(new(), {})
+        if self.generation:
+            own = replace(own, tokens={**own.tokens, self.generation: new()})
+        host.files.write(self.path, own.dump().reveal(), 0o600)
+
+
+@dataclass(frozen=True)
+class AskForToken:
+    """Put a request for this node's token where servers see it, readable for them alone."""
+
+    key: str
+    request: Request
+    token: Secret
+    authority: str = field(repr=False)
+    seen_index: int
+
+    def __str__(self) -> str:
+        return "ask the servers for a token of this node's own"
+
+    def apply(self, host: Host) -> None:
+        sealed = replace(self.request, sealed=host.pki.seal(self.authority, self.token))
+        host.consul.transact(Op("cas", self.key, sealed.dump(), index=self.seen_index))
+
+
+@dataclass(frozen=True)
+class PublishWorkerSecrets:
+    """Put what workers need of the servers' secrets where workers can read it."""
+
+    key: str
+    secrets: ServerSecrets = field(repr=False)
+    spec: Spec
+    seen_index: int
+
+    def __str__(self) -> str:
+        return f"publish the workers' part of secrets no. {self.secrets.serial}"
+
+    def apply(self, host: Host) -> None:
+        now = host.clock.now()
+        text = secrets.dump(secrets.for_workers(self.secrets, self.spec, host.pki, now))
+        host.consul.transact(Op("cas", self.key, text.reveal(), index=self.seen_index))
+
+
+@dataclass(frozen=True)
+class ReloadConsul:
+    def __str__(self) -> str:
+        return "have Consul read its keys and certificates again"
+
+    def apply(self, host: Host) -> None:
+        host.consul.reload()
+
+
+@dataclass(frozen=True)
+class PutPolicy:
+    policy: Policy
+
+    def __str__(self) -> str:
+        return f"set Consul's access policy {self.policy.name}"
+
+    def apply(self, host: Host) -> None:
+        host.consul.put_policy(self.policy)
+
+
+@dataclass(frozen=True)
+class PutToken:
+    token: Token
+
+    def __str__(self) -> str:
+        return f"set Consul's token for {self.token.description}"
+
+    def apply(self, host: Host) -> None:
+        host.consul.put_token(self.token)
+
+
+@dataclass(frozen=True)
+class DeleteToken:
+    accessor: str
+    description: str
+
+    def __str__(self) -> str:
+        return f"delete Consul's token for {self.description}"
+
+    def apply(self, host: Host) -> None:
+        host.consul.delete_token(self.accessor)
 
 
 @dataclass(frozen=True)
@@ -261,15 +399,20 @@ class PublishSwarm:
     key: str
     value: str
     seen_index: int
-    token_keys: tuple[str, str]  # worker, manager
+    worker_entry: str  # the one key of the record that workers can read
+    manager_token: str
 
     def __str__(self) -> str:
         return "publish the Swarm's join tokens to the cluster"
 
     def apply(self, host: Host) -> None:
-        tokens = host.engine.swarm_tokens()
-        writes = [Op("set", key, token) for key, token in zip(self.token_keys, tokens, strict=True)]
-        host.consul.transact(Op("cas", self.key, self.value, index=self.seen_index), *writes)
+        worker, manager = host.engine.swarm_tokens()
+        entry = json.dumps({**json.loads(self.value), "token": worker})
+        host.consul.transact(
+            Op("cas", self.key, self.value, index=self.seen_index),
+            Op("set", self.worker_entry, entry),
+            Op("set", self.manager_token, manager),
+        )
 
 
 @dataclass(frozen=True)

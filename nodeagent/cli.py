@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import stat
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from nodeagent import __version__, paths
-from nodeagent.errors import Exit, HostError, NodeagentError, NotRootError, SpecError
+from nodeagent.errors import Exit, HostError, NodeagentError, NotRootError, SpecError, UsageError
 
 if TYPE_CHECKING:
-    from nodeagent import daemon, report
+    from nodeagent import daemon, report, rotation
 
 POLL_S = 0.1  # of the status file, by `status --wait` and `--watch`
 
@@ -29,7 +30,7 @@ exit codes:
    3  blocked: a human must act
    6  not ready yet, or something outside failed; trying again may help
   77  needs root
-  78  the spec is wrong
+  78  the spec or the secrets are wrong
 
 nodeagent VERB --help shows an example of each verb."""
 
@@ -38,8 +39,13 @@ EXAMPLES = {
     "apply": "sudo nodeagent apply --timeout 120",
     "plan": "sudo nodeagent plan",
     "status": "nodeagent status --wait --timeout 120",
-    "install": "sudo nodeagent install --spec node.yaml",
-    "user-data": "nodeagent user-data --role server cluster.yaml > server.yaml",
+    "install": "sudo nodeagent install --spec node.yaml --secrets secrets.json",
+    "secrets": "nodeagent secrets new secrets.json",
+    "secrets new": "nodeagent secrets new secrets.json",
+    "secrets rotate": "sudo nodeagent secrets rotate gossip",
+    "secrets forget": "sudo nodeagent secrets forget worker1",
+    "user-data": "umask 077; nodeagent user-data --role server \\\n"
+    "  --secrets secrets.json cluster.yaml > server.yaml",
     "validate": "nodeagent validate node.yaml",
     "schema": "nodeagent schema > node.schema.json",
 }
@@ -154,14 +160,92 @@ def _install(arguments: argparse.Namespace) -> int:
     from nodeagent import install
     from nodeagent.adapters.node import this_machine
 
-    install.install(this_machine(), arguments.spec_file, start=not arguments.no_start)
+    install.install(
+        this_machine(),
+        arguments.spec_file,
+        arguments.secrets_file,
+        start=not arguments.no_start,
+    )
     return Exit.OK
+
+
+def _secrets_new(arguments: argparse.Namespace) -> int:
+    from nodeagent import secrets
+    from nodeagent.adapters.clock import SystemClock
+    from nodeagent.adapters.files import LocalFiles
+    from nodeagent.adapters.pki import LocalPki
+
+    files, file = LocalFiles(), arguments.file
+    if files.exists(file):
+        raise UsageError(
+            f"{file} is there already, and a lost cluster key is a lost cluster: name another file"
+        )
+    made = secrets.new(LocalPki(), SystemClock().now())
+    files.write(file, secrets.dump(made).reveal(), 0o600)
+    print(
+        f"{file}: the keys of a new cluster. Keep it safe, there is no other copy; "
+        f"nodeagent user-data --secrets {file} gives machines what they need of it"
+    )
+    return Exit.OK
+
+
+def _secrets_rotate(arguments: argparse.Namespace) -> int:
+    rotation = _rotation(arguments)
+    if arguments.what == "swarm":
+        rotation.rotate_swarm()
+        return Exit.OK
+    rotation.rotate(arguments.what)
+    print(
+        f"{paths.SECRETS} of every server holds the new keys: copy it to where user-data is made; "
+        "user-data made before is of no use for new machines"
+    )
+    return Exit.OK
+
+
+def _secrets_forget(arguments: argparse.Namespace) -> int:
+    _rotation(arguments).forget(arguments.node)
+    return Exit.OK
+
+
+def _rotation(arguments: argparse.Namespace) -> rotation.Rotation:
+    _need_root(arguments.verb)
+    from nodeagent import rotation, spec
+    from nodeagent.adapters.node import this_machine
+
+    node = spec.load(paths.SPEC, spec.Spec)
+    if not (node.is_server and node.is_secured):
+        raise UsageError("only a server of a secured cluster can do that: run it on one")
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    without = getattr(arguments, "without", ())
+    return rotation.Rotation(node, this_machine(), say, without)
 
 
 def _user_data(arguments: argparse.Namespace) -> int:
     from nodeagent import spec, userdata
 
-    sys.stdout.write(userdata.render(spec.load(arguments.cluster, spec.Cluster), arguments.role))
+    cluster = spec.load(arguments.cluster, spec.Cluster)
+    text = None
+    if arguments.secrets_file is not None:
+        from nodeagent import secrets
+        from nodeagent.adapters.clock import SystemClock
+        from nodeagent.adapters.files import LocalFiles
+        from nodeagent.adapters.pki import LocalPki
+
+        pki, now = LocalPki(), SystemClock().now()
+        found = secrets.load(arguments.secrets_file, "server", LocalFiles(), pki)
+        assert isinstance(found, secrets.ServerSecrets)
+        text = userdata.secrets_text(cluster, arguments.role, found, pki, now)
+    sys.stdout.write(userdata.render(cluster, arguments.role, text))
+    out = os.fstat(sys.stdout.fileno())
+    if text is not None and stat.S_ISREG(out.st_mode) and out.st_mode & 0o077:
+        log.warning(
+            "what was written holds keys, and others can read that file (mode %o): chmod 600 it, "
+            "and say umask 077 first the next time",
+            stat.S_IMODE(out.st_mode),
+        )
     return Exit.OK
 
 
@@ -241,12 +325,13 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(
-        name: str, act: Callable[[argparse.Namespace], int], about: str
+        name: str, act: Callable[[argparse.Namespace], int] | None, about: str, among: Any = verbs
     ) -> argparse.ArgumentParser:
-        added = verbs.add_parser(
-            name,
+        added: argparse.ArgumentParser = among.add_parser(
+            name.split()[-1],
             help=about,
             description=f"{about[0].upper()}{about[1:]}.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog=f"example: {EXAMPLES[name]}",
         )
         added.set_defaults(act=act)
@@ -275,11 +360,41 @@ def _parser() -> argparse.ArgumentParser:
 
     install = verb("install", _install, "put the program, its units and a spec in place")
     install.add_argument("--spec", **file, dest="spec_file", help=f"becomes {paths.SPEC}")
+    install.add_argument("--secrets", **file, dest="secrets_file", help=f"becomes {paths.SECRETS}")
     install.add_argument("--no-start", **flag, help="only enable the unit, as for an image")
+
+    secrets = verb("secrets", None, "make the keys that a cluster's nodes share")
+    of_secrets = secrets.add_subparsers(dest="of_secrets", required=True, metavar="VERB")
+    new = verb("secrets new", _secrets_new, "write a new cluster's keys to a file", of_secrets)
+    new.add_argument("file", **file, help="which must not be there yet, and gets mode 600")
+
+    about = "change keys of the running cluster, on a server; asked for again, it goes on"
+    rotate = verb("secrets rotate", _secrets_rotate, about, of_secrets)
+    rotate.add_argument(
+        "what",
+        choices=("gossip", "tokens", "ca", "swarm"),
+        help="Consul's gossip key, its access tokens, the CA, or the Swarm's join tokens",
+    )
+    rotate.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="NODE",
+        help="do not wait for this node, which is gone: it needs new keys if it comes back",
+    )
+    about = "on a server: take a node's token, so that a machine of its name is let in"
+    forget = verb("secrets forget", _secrets_forget, about, of_secrets)
+    forget.add_argument("node", metavar="NODE", help="its host name")
 
     user_data = verb("user-data", _user_data, "write cloud-init user-data for one role to stdout")
     user_data.add_argument(
         "--role", choices=("server", "worker"), required=True, help="what these machines are to be"
+    )
+    user_data.add_argument(
+        "--secrets",
+        **file,
+        dest="secrets_file",
+        help="what nodeagent secrets new wrote; servers get all of it, workers no cluster key",
     )
     user_data.add_argument(
         "cluster",

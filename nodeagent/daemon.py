@@ -54,7 +54,11 @@ class Loop:
         the node and changes nothing.
         """
         spec = spec_module.load(self.spec_path, Spec)
-        self.status.about = {"cluster": spec.cluster, "role": spec.role, "security": spec.security}
+        self.status.about = {
+            "cluster": spec.cluster,
+            "role": spec.role,
+            "security": spec.security or "on",
+        }
         self.host.systemd.notify(READY="1")
         clock = self.host.clock
         end = None if deadline_s is None else clock.monotonic() + deadline_s
@@ -131,7 +135,7 @@ def _retry_s(waited_s: float, round_s: float) -> float:
 
 
 def watch(host: Host, spec: Spec, stop: threading.Event) -> tuple[threading.Thread, ...]:
-    """Wake the loop when the Engine ends and when the cluster's record in Consul changes."""
+    """Wake the loop when the Engine ends, the record in Consul changes or a routing rule goes."""
 
     def on_engine() -> None:
         host.systemd.watch(paths.ENGINE_UNIT, host.clock.wake, stop)
@@ -139,9 +143,12 @@ def watch(host: Host, spec: Spec, stop: threading.Event) -> tuple[threading.Thre
     def on_consul() -> None:
         host.consul.watch(spec.key_prefix, host.clock.wake, stop)
 
+    def on_rules() -> None:
+        host.network.watch_rules(host.clock.wake, stop)
+
     threads = tuple(
         threading.Thread(target=target, name=target.__name__, daemon=True)
-        for target in (on_engine, on_consul)
+        for target in (on_engine, on_consul, on_rules)
     )
     for thread in threads:
         thread.start()

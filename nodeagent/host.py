@@ -6,12 +6,15 @@ thing that is merely absent is None or empty, never an error.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
+
+from nodeagent.errors import Secret
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,38 @@ class Service:
 
 
 @dataclass(frozen=True)
+class Policy:
+    """A policy of Consul's ACL system. Rules: kind (such as key_prefix), of what, read or write."""
+
+    name: str
+    rules: tuple[tuple[str, str, str], ...]
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(repr(self.rules).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of Consul's ACL system: the accessor names it, the secret is it."""
+
+    accessor: str
+    policies: tuple[str, ...]
+    description: str = ""
+    secret: Secret | None = None  # Consul does not tell it
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a certificate says; times in s since 1970."""
+
+    names: tuple[str, ...]
+    not_before: float
+    not_after: float
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class Op:
     """One operation of a KV transaction; `verb` is Consul's (set, cas, lock, check-index, …)."""
 
@@ -155,6 +190,18 @@ class Interface:
     address: str
 
 
+@dataclass(frozen=True)
+class Rule:
+    """One IPv4 routing rule: which packets it takes, as `dst 10.0.0.1`, and what is done then."""
+
+    priority: int
+    takes: frozenset[str]
+    action: str  # lookup TABLE | prohibit | …
+
+
+KeyringAction = Literal["install", "use", "remove"]
+
+
 class Files(Protocol):
     """Local files."""
 
@@ -167,6 +214,21 @@ class Files(Protocol):
 
     def remove(self, path: Path) -> None: ...
     def exists(self, path: Path) -> bool: ...
+    def is_private(self, path: Path) -> bool:
+        """Whether it is a file that nobody but root or this process's user can read or write."""
+
+    def make_private_directory(self, path: Path) -> None:
+        """Make a directory for root alone; one that is there stays as it is."""
+
+    def link(self, path: Path, target: Path) -> None:
+        """Make `path` a symbolic link, in place of any file or other link."""
+
+    def copy_tree(self, source: Path, target: Path) -> None:
+        """Copy a directory to where nothing is yet, so that it is there whole or not at all."""
+
+    def compile(self, directory: Path) -> None:
+        """Put Python's compiled form beside each module below, where it can be and is missing."""
+
     def try_lock(self, path: Path) -> AbstractContextManager[bool]:
         """Hold `path` as this process's lock; False when another process has it."""
 
@@ -202,6 +264,9 @@ class Systemd(Protocol):
     def enable(self, name: str) -> None: ...
     def reload(self) -> None: ...
     def last_lines(self, name: str, count: int) -> tuple[str, ...]: ...
+    def execute(self, *command: str) -> None:
+        """Run a program to its end; raises HostError with its words if it fails."""
+
     def watch(self, name: str, wake: Callable[[], None], stop: threading.Event) -> None:
         """Call `wake` whenever the unit's main process has ended, until `stop`; blocks."""
 
@@ -217,6 +282,9 @@ class SwarmEngine(Protocol):
 
     def swarm_tokens(self) -> tuple[str, str]:
         """Join tokens (worker, manager); managers only."""
+
+    def swarm_rotate_tokens(self) -> None:
+        """Make new join tokens of both kinds; managers only."""
 
     def swarm_is_bare(self) -> bool:
         """Whether the Swarm has nobody and nothing in it but this one manager."""
@@ -242,6 +310,8 @@ class ContainerEngine(Protocol):
         """Replace any container of that name by a new running one."""
 
     def start_container(self, name: str) -> None: ...
+    def execute(self, container: str, *command: str) -> None:
+        """Run a command in a running container; raises HostError with its words if it fails."""
 
 
 class ConsulAgent(Protocol):
@@ -253,6 +323,15 @@ class ConsulAgent(Protocol):
     def leader(self) -> str: ...
     def members(self) -> tuple[Member, ...]: ...
     def join(self, address: str) -> None: ...
+    def voters(self) -> tuple[str, ...]:
+        """Names of the servers that have a vote: what gossip calls a server may be none."""
+
+    def knock(self, address: str) -> str:
+        """How the gossip of a node there refuses this node's key; "" if it does not."""
+
+    def greet(self, address: str, name: str) -> str:
+        """What is wrong with certificates between this node and a server there; "" if nothing."""
+
     def get(self, prefix: str) -> Mapping[str, Entry]:
         """All keys below `prefix`, read consistently: an answer proves a working leader."""
 
@@ -273,6 +352,26 @@ class ConsulAgent(Protocol):
     def vouch(self, service_id: str, passing: bool, note: str) -> None:
         """Pass or fail a TTL check; `note` is what Consul's own pages show beside it."""
 
+    def reload(self) -> None:
+        """Have Consul read its keys and certificates again."""
+
+    def knows_token(self) -> bool:
+        """Whether Consul has the token that this program shows to it."""
+
+    def policies(self) -> Mapping[str, str]:
+        """The digest of each policy that this program made, by its name."""
+
+    def put_policy(self, policy: Policy) -> None: ...
+    def tokens(self) -> Mapping[str, Token]:
+        """All tokens by accessor, without their secrets."""
+
+    def put_token(self, token: Token) -> None:
+        """Make a token, or give the one with this accessor these policies."""
+
+    def delete_token(self, accessor: str) -> None: ...
+    def change_keyring(self, action: KeyringAction, key: Secret) -> None:
+        """Install, use or remove a gossip key on every living member."""
+
     def watch(self, prefix: str, wake: Callable[[], None], stop: threading.Event) -> None:
         """Call `wake` whenever a key below `prefix` has changed, until `stop`; blocks."""
 
@@ -288,10 +387,42 @@ class Resolver(Protocol):
 
 
 class Network(Protocol):
-    """Network interfaces."""
+    """Network interfaces and routing rules."""
 
     def interfaces(self) -> tuple[Interface, ...]: ...
     def hostname(self) -> str: ...
+    def rules(self) -> tuple[Rule, ...]: ...
+    def watch_rules(self, wake: Callable[[], None], stop: threading.Event) -> None:
+        """Call `wake` at first and whenever a routing rule has gone, until `stop`; blocks."""
+
+
+class Pki(Protocol):
+    """Keys and certificates. A seed is 32 bytes in base64, from which all else derives."""
+
+    def seed(self) -> Secret:
+        """A new seed."""
+
+    def derive(self, seed: Secret, purpose: str, size_bytes: int = 32) -> bytes:
+        """HKDF-SHA256."""
+
+    def authority(self, seed: Secret, now: float) -> str:
+        """A certificate, in PEM, of the CA whose key derives from `seed`: good for 20 years."""
+
+    def issue(
+        self, seed: Secret, authority: str, names: tuple[str, ...], lifetime_s: float, now: float
+    ) -> Secret:
+        """A new key and its certificate by this CA, in PEM; a server's if it names a server."""
+
+    def certificates(self, pem: str) -> tuple[Certificate, ...]: ...
+    def matches(self, seed: Secret, authority: str) -> bool:
+        """Whether the CA's key derives from `seed`."""
+
+    def is_signed(self, certificate: str, authority: str) -> bool: ...
+    def seal(self, authority: str, text: Secret) -> str:
+        """Encrypt for whoever has the CA's seed."""
+
+    def unseal(self, seed: Secret, sealed: str) -> Secret | None:
+        """None when it was not sealed for this CA."""
 
 
 class Clock(Protocol):
@@ -317,4 +448,5 @@ class Host:
     consul: ConsulAgent
     resolver: Resolver
     network: Network
+    pki: Pki
     clock: Clock

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import compileall
+import contextlib
 import hashlib
 import logging
 import os
-import shutil
 import sys
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import nodeagent
-from nodeagent import paths, spec
-from nodeagent.changes import Change, EnableUnit, RemoveFile, WriteFile
+from nodeagent import paths, secrets, spec
+from nodeagent.changes import Change, EnableUnit, RemoveFile, WriteFile, WriteSecret
+from nodeagent.errors import Secret, SpecError, UsageError
 from nodeagent.host import Host
+from nodeagent.secrets import Secrets, ServerSecrets
 from nodeagent.spec import Spec
 
 log = logging.getLogger(__name__)
@@ -68,34 +69,77 @@ def running_program() -> Program:
 def install(
     host: Host,
     spec_source: Path | None,
+    secrets_source: Path | None = None,
     *,
     start: bool = True,
     program: Program | None = None,
 ) -> tuple[Change, ...]:
     """Make the changes that are left to make, and return them.
 
-    Raises SpecError, with nothing changed, when the spec is wrong. Without a service manager (an
-    image being made in a chroot) nothing is started; without a spec neither.
+    Raises SpecError, with nothing changed, when the spec or the secrets are wrong, and UsageError
+    when nothing says whose secrets they are. Without a service manager (an image being made in a
+    chroot) nothing is started; without a spec neither.
     """
-    wanted = None
+    node = wanted = wanted_secrets = None
     if spec_source is not None:
-        spec.load(spec_source, Spec)
+        node = spec.load(spec_source, Spec)
         wanted = host.files.read(spec_source)
+    if secrets_source is not None:
+        wanted_secrets = _given(host, secrets_source, node or _installed_spec(host))
     program = program or running_program()
     if program.is_self_contained:
         # The agent cannot write to /opt, and would compile all it imports at every start.
-        compileall.compile_dir(program.source, quiet=2)
-    changes = plan(host, wanted, start=start, program=program)
+        host.files.compile(program.source)
+    changes = plan(host, wanted, wanted_secrets, start=start, program=program)
     for change in changes:
         log.info("%s", change)
         change.apply(host)
     return changes
 
 
+def _installed_spec(host: Host) -> Spec:
+    text = host.files.read(paths.SPEC)
+    if text is None:
+        raise UsageError(
+            f"--secrets needs --spec beside it: there is no {paths.SPEC} yet to say whether this "
+            "machine is a server or a worker"
+        )
+    return spec.parse(text, str(paths.SPEC), Spec)
+
+
+def _given(host: Host, source: Path, node: Spec) -> Secret | None:
+    """Return what secrets.json is to hold; None when what is installed is newer."""
+    if not node.is_secured:
+        raise UsageError("the spec says `security: off`, so --secrets has no use: drop one")
+    given = secrets.load(source, node.role, host.files, host.pki)
+    old = host.files.read(paths.SECRETS)
+    with contextlib.suppress(SpecError):  # what is of no use is replaced
+        installed = secrets.parse(old or "", str(paths.SECRETS), node.role, host.pki)
+        if _is_newer(installed, given):
+            log.warning(
+                "keep %s: its keys have been rotated since %s was made (serial %d, there %d)",
+                *(paths.SECRETS, source, installed.serial, given.serial),
+            )
+            return None
+    return secrets.dump(given)
+
+
+def _is_newer(installed: Secrets, given: Secrets) -> bool:
+    """Whether a rotation has come in between; another cluster's serials tell nothing."""
+    if isinstance(installed, ServerSecrets) and isinstance(given, ServerSecrets):
+        return installed.cluster_key == given.cluster_key and installed.serial > given.serial
+    return installed.serial > given.serial
+
+
 def plan(
-    host: Host, wanted_spec: str | None, *, start: bool, program: Program
+    host: Host,
+    wanted_spec: str | None,
+    wanted_secrets: Secret | None,
+    *,
+    start: bool,
+    program: Program,
 ) -> tuple[Change, ...]:
-    """Return what is left to be done. `wanted_spec` is the text of a valid spec, or None."""
+    """Return what is left to be done. The texts are those of a valid spec and its secrets."""
     changes: list[Change] = []
     if not host.files.exists(program.target):
         changes.append(CopyProgram(program.source, program.target))
@@ -112,13 +156,14 @@ def plan(
         if host.files.read(path) != text:
             changes.append(WriteFile(path, text, 0o644))
     old_spec = host.files.read(paths.SPEC)
-    if wanted_spec is not None and wanted_spec != old_spec:
-        if old_spec is not None:
-            digest = hashlib.sha256(old_spec.encode()).hexdigest()[:8]
-            changes.append(WriteFile(paths.ORIGINALS / f"node.yaml.{digest}", old_spec, 0o600))
-        elif not host.files.exists(paths.SPEC.parent):
-            changes.append(MakePrivateDirectory(paths.SPEC.parent))
-        changes.append(WriteFile(paths.SPEC, wanted_spec, 0o600))
+    if wanted_spec is not None and not host.files.exists(paths.SPEC.parent):
+        changes.append(MakePrivateDirectory(paths.SPEC.parent))
+    # The spec last: only with it the agent has something to do.
+    for path, wanted in (
+        (paths.SECRETS, wanted_secrets),
+        (paths.SPEC, Secret(wanted_spec) if wanted_spec is not None else None),
+    ):
+        changes += _replace(path, host.files.read(path), wanted)
     is_new = bool(changes) or host.files.exists(PENDING)
     if not host.files.exists(ENABLED):
         changes.append(EnableUnit(paths.AGENT_UNIT))
@@ -132,6 +177,17 @@ def plan(
     return (*changes, RemoveFile(PENDING)) if is_new else tuple(changes)
 
 
+def _replace(path: Path, old: str | None, wanted: Secret | None) -> list[Change]:
+    """The file holds what is wanted, and what it held before is kept."""
+    if wanted is None or wanted.reveal() == old:
+        return []
+    if old is None:
+        return [WriteSecret(path, wanted)]
+    digest = hashlib.sha256(old.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    kept = paths.ORIGINALS / f"{path.name}.{digest}"
+    return [WriteSecret(kept, Secret(old)), WriteSecret(path, wanted)]
+
+
 @dataclass(frozen=True)
 class CopyProgram:
     source: Path
@@ -140,12 +196,8 @@ class CopyProgram:
     def __str__(self) -> str:
         return f"copy the program to {self.target}"
 
-    def apply(self, host: Host) -> None:  # noqa: ARG002 - it copies what runs right now
-        whole = self.target.parent
-        part = whole.with_name(f".{whole.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(self.source, part / self.target.name)
-        part.replace(whole)
+    def apply(self, host: Host) -> None:
+        host.files.copy_tree(self.source, self.target)
 
 
 @dataclass(frozen=True)
@@ -156,12 +208,8 @@ class LinkCommand:
     def __str__(self) -> str:
         return f"link {self.path} to {self.target}"
 
-    def apply(self, host: Host) -> None:  # noqa: ARG002 - Files knows no links
-        new = self.path.with_name(f".{self.path.name}.nodeagent-new")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new.unlink(missing_ok=True)
-        new.symlink_to(self.target)
-        new.replace(self.path)
+    def apply(self, host: Host) -> None:
+        host.files.link(self.path, self.target)
 
 
 @dataclass(frozen=True)
@@ -171,8 +219,8 @@ class MakePrivateDirectory:
     def __str__(self) -> str:
         return f"make {self.path}, for root alone"
 
-    def apply(self, host: Host) -> None:  # noqa: ARG002 - Files makes directories on the way only
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    def apply(self, host: Host) -> None:
+        host.files.make_private_directory(self.path)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 SPEC = Path("/etc/nodeagent/node.yaml")
+SECRETS = Path("/etc/nodeagent/secrets.json")
 DAEMON_JSON = Path("/etc/docker/daemon.json")
 MACHINE_ID = Path("/etc/machine-id")
 UNITS = Path("/etc/systemd/system")
@@ -16,10 +17,17 @@ IDENTITY = STATE / "identity.json"
 ENGINE_RECORD = STATE / "engine-options.json"
 ORIGINALS = STATE / "originals"
 ORIGINAL_DAEMON_JSON = ORIGINALS / "daemon.json"
+NODE_TOKEN = STATE / "node-token.json"
 IMAGES = STATE / "images"
 CONSUL = STATE / "consul"
 CONSUL_CONFIG = CONSUL / "config" / "consul.json"
+CONSUL_KEYS = CONSUL / "config" / "keys.json"  # the part of it that changes without a restart
+CONSUL_AUTHORITIES = CONSUL / "config" / "ca.pem"
+CONSUL_CERTIFICATE = CONSUL / "config" / "node.pem"  # with its key
+CONSUL_CANDIDATE = CONSUL / "config" / "candidate" / "consul.json"
 CONSUL_DATA = CONSUL / "data"
+CONSUL_KEYRING = CONSUL_DATA / "serf" / "local.keyring"
+CONSUL_TOKENS = CONSUL / "tokens.json"  # those this program shows to Consul
 CONSUL_BINARY = CONSUL / "bin" / "consul"
 
 RUN = Path("/run/nodeagent")
@@ -27,6 +35,7 @@ STATUS = RUN / "status.json"
 LOCK = RUN / "lock"  # held during a cycle
 ALIVE = RUN / "alive"  # held by the loop as long as it lives
 RESTART_PENDING = RUN / "engine-restart-pending"
+CONSUL_RELOAD_PENDING = RUN / "consul-reload-pending"
 CONSUL_RESTART_PENDING = RUN / "consul-restart-pending"
 
 ENGINE_SOCKET = Path("/run/docker.sock")
@@ -35,4 +44,5 @@ SYSTEM_ENGINE_SOCKET = Path("/run/nodeagent-engine/docker.sock")
 ENGINE_UNIT = "docker.service"
 SYSTEM_ENGINE_UNIT = "nodeagent-engine.service"
 CONSUL_UNIT = "nodeagent-consul.service"
+GUARD_UNIT = "nodeagent-guard.service"
 AGENT_UNIT = "nodeagent.service"

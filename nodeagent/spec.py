@@ -111,7 +111,8 @@ JOIN = Kind(
 )
 SECTION = Kind("a mapping of keys to values", {"enum": []})
 # YAML 1.1 reads a bare `off` as false.
-OFF = Kind("off", {"enum": ["off", False]}, hint="secured clusters come with a later version")
+OFF = Kind("off", {"enum": ["off", False]}, hint="to have it on, leave the key out")
+DURATION = _text(r"[1-9][0-9]{0,4}[mhd]", "a duration such as 30d, 12h or 5m")
 IMAGE = _text(r"[a-z0-9][A-Za-z0-9_./:@-]*", "an image reference such as hashicorp/consul:1.21")
 LOCATION = _text(r"(https?://\S+|/\S+)", "an absolute path, or an http(s) URL")
 SHA256 = _text(r"[0-9a-f]{64}", "64 hexadecimal digits, as sha256sum prints them")
@@ -143,6 +144,14 @@ class Consul:
         None,
     )
     sha256: str | None = _key(SHA256, "the archive's digest", None)
+    certificate_lifetime: str = _key(
+        DURATION, "how long a server's certificate is valid; renewed at half of it", "30d"
+    )
+
+    @property
+    def certificate_lifetime_s(self) -> int:
+        units = {"m": 60, "h": 3600, "d": 86400}
+        return int(self.certificate_lifetime[:-1]) * units[self.certificate_lifetime[-1]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,13 +210,20 @@ class Cluster:
     )
     domain: str = _key(DOMAIN, "Consul's DNS domain", "consul")
     datacenter: str = _key(NAME, "Consul's datacenter", "dc1")
-    security: Literal["off"] = _key(
-        OFF, "this version neither encrypts nor authenticates inside the cluster"
+    security: Literal["off"] | None = _key(
+        OFF,
+        "left out, Consul is encrypted and authenticated with the keys of secrets.json; off: it "
+        "is neither",
+        None,
     )
     consul: Consul = _key(Consul, "Consul", Consul())
     swarm: Swarm = _key(Swarm, "Swarm", Swarm())
     engine: Engine = _key(Engine, "the Docker Engine", Engine())
     agent: Agent = _key(Agent, "how new machines get nodeagent (used by user-data only)", Agent())
+
+    @property
+    def is_secured(self) -> bool:
+        return self.security is None
 
     @property
     def majority(self) -> int:

@@ -9,8 +9,10 @@ from pathlib import PurePosixPath
 
 import yaml
 
-from nodeagent import spec
-from nodeagent.errors import UsageError
+from nodeagent import secrets, spec
+from nodeagent.errors import Secret, UsageError
+from nodeagent.host import Pki
+from nodeagent.secrets import ServerSecrets
 from nodeagent.spec import Agent, Cluster, Role, Spec
 
 # https://docs.digitalocean.com/reference/api: user_data "may not exceed 64 KiB".
@@ -23,23 +25,41 @@ HEADER = """\
 """
 
 
-def render(cluster: Cluster, role: Role) -> str:
-    """Return the user-data of any node of this role: the same for all of them.
+def secrets_text(
+    cluster: Cluster, role: Role, found: ServerSecrets, pki: Pki, now: float
+) -> Secret:
+    """Return what is secrets.json on a machine of this role; the cluster key is for servers."""
+    if role == "server":
+        return secrets.dump(found)
+    return secrets.dump(secrets.for_workers(found, cluster, pki, now))
+
+
+def render(cluster: Cluster, role: Role, secrets_json: Secret | None) -> str:
+    """Return the user-data of any node of this role; with secrets in it, it is one.
 
     Raises SpecError when the cluster's file leaves out what the role needs, and UsageError when
-    the result is longer than a provider takes.
+    secrets are missing or have no use, or the result is longer than a provider takes.
     """
-    shared = {field.name: getattr(cluster, field.name) for field in dataclasses.fields(Cluster)}
-    node = Spec(**{**shared, "agent": Agent(), "role": role})
-    text = yaml.safe_dump(spec.dump(node), sort_keys=False, allow_unicode=True)
+    if cluster.is_secured and secrets_json is None:
+        raise UsageError(
+            "machines of a secured cluster need its keys: add --secrets secrets.json, which "
+            "`nodeagent secrets new secrets.json` makes once for a cluster (or say `security: "
+            "off`, and nothing is encrypted or authenticated)"
+        )
+    if secrets_json is not None and not cluster.is_secured:
+        raise UsageError("the cluster file says `security: off`, so --secrets has no use: drop one")
+    text = yaml.safe_dump(spec.dump(_node(cluster, role)), sort_keys=False, allow_unicode=True)
     spec.parse(text, f"node.yaml of a {role}", Spec)
-    agent = cluster.agent
-    sources = {key: value for key, value in dataclasses.asdict(agent).items() if value}
-    config = {"spec": str(STAGE / "node.yaml"), **sources}
+    staged = [_file("node.yaml", text, "0600")]
+    config = {"spec": str(STAGE / "node.yaml")}
+    if secrets_json is not None:
+        staged.append(_file("secrets.json", secrets_json.reveal(), "0600"))
+        config["secrets"] = str(STAGE / "secrets.json")
+    config |= {key: value for key, value in dataclasses.asdict(cluster.agent).items() if value}
     script = (resources.files("nodeagent") / "data/cloud-init/bootstrap.py").read_text("utf-8")
     document = {
         "write_files": [
-            _file("node.yaml", text, "0600"),
+            *staged,
             _file("bootstrap.json", json.dumps(config, indent=2) + "\n", "0600"),
             _file("bootstrap.py", script, "0644"),
         ],
@@ -58,6 +78,11 @@ def render(cluster: Cluster, role: Role) -> str:
             "the cluster file shorter: a DNS name in `join` stands for any number of addresses"
         )
     return result
+
+
+def _node(cluster: Cluster, role: Role) -> Spec:
+    shared = {field.name: getattr(cluster, field.name) for field in dataclasses.fields(Cluster)}
+    return Spec(**{**shared, "agent": Agent(), "role": role})
 
 
 def _file(name: str, content: str, permissions: str) -> dict[str, str]:

@@ -4,41 +4,89 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
+import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import consul
 import requests
 
-from nodeagent.errors import HostError
-from nodeagent.host import SERVICE_ID_PREFIX, ConsulSelf, Entry, Member, Op, Service
+from nodeagent import paths
+from nodeagent.errors import HostError, Secret
+from nodeagent.host import (
+    SERVICE_ID_PREFIX,
+    ConsulSelf,
+    Entry,
+    KeyringAction,
+    Member,
+    Op,
+    Policy,
+    Service,
+    Token,
+)
 
 TIMEOUT_S = 10  # above the 7 s for which Consul itself holds a call that finds no leader
 WATCH = "5m"
 WATCH_RETRY_S = 0.25  # while Consul does not answer; without a leader it holds the call for 7 s
-SERF_ALIVE = 1  # hashicorp/serf: MemberStatus
+SERF_ALIVE, SERF_LEFT = 1, 3  # hashicorp/serf: MemberStatus
+RPC_PORT, RPC_TLS = 8300, b"\x03"  # consul agent/pool: the first byte says what follows
+GREETING_S = 1
 DEFINITION = "nodeagent-check"  # in a service's meta: Consul does not tell how a check was defined
 
 
-class LocalConsul:
-    """The Consul agent on 127.0.0.1:8500."""
+POLICY = "nodeagent "  # what the descriptions of our policies begin with; then the rules' digest
 
-    def __init__(self, *, port: int = 8500) -> None:
+
+class LocalConsul:
+    """The Consul agent on 127.0.0.1:8500.
+
+    `tokens` is a file with the tokens to show: `recovery` for what concerns the agent itself,
+    which works without a leader, and `token` for the rest. Without the file none is shown.
+    `config` is the directory with the agent's certificates.
+    """
+
+    def __init__(
+        self,
+        *,
+        port: int = 8500,
+        tokens: Path = paths.CONSUL_TOKENS,
+        config: Path = paths.CONSUL_CONFIG.parent,
+    ) -> None:
+        self._tokens, self._config = tokens, config
         self._client = _client(port)
         self._watch_client = _client(port)
 
     @contextlib.contextmanager
-    def _call(self, operation: str) -> Iterator[Any]:
+    def _call(self, operation: str, token: str = "token") -> Iterator[Any]:
         """The one gate for every call, with the libraries' errors made ours."""
+        self._show(self._client, token)
         try:
             yield self._client
         except (consul.ConsulException, requests.RequestException, ValueError) as error:
             raise HostError(operation, "Consul", error) from error
 
+    def _show(self, client: consul.Consul, name: str) -> None:
+        """Send this token from now on, as a header: several of py-consul's calls send none."""
+        client.http.session.headers.pop("X-Consul-Token", None)
+        if token := self._read(name):
+            client.http.session.headers["X-Consul-Token"] = token
+
+    def _read(self, name: str) -> str:
+        """One of the tokens; "" where there is none."""
+        try:
+            return str(json.loads(self._tokens.read_text("utf-8"))[name])
+        except FileNotFoundError:
+            return ""
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise HostError("read", self._tokens, error) from error
+
     def self(self) -> ConsulSelf | None:
         try:
-            with self._call("ask") as client:
+            with self._call("ask", "recovery") as client:
                 found = client.agent.self()
         except HostError as error:
             if isinstance(error.__cause__, requests.ConnectionError):
@@ -57,11 +105,16 @@ class LocalConsul:
             raise HostError("ask", "Consul", "what answers on its port is not Consul") from error
 
     def leader(self) -> str:
-        with self._call("ask for the leader of") as client:
-            return str(client.status.leader() or "")
+        try:
+            with self._call("ask for the leader of") as client:
+                return str(client.status.leader() or "")
+        except HostError as error:
+            if "No known Consul servers" in error.cause:
+                return ""
+            raise
 
     def members(self) -> tuple[Member, ...]:
-        with self._call("list the members of") as client:
+        with self._call("list the members of", "recovery") as client:
             return tuple(
                 Member(
                     name=each["Name"],
@@ -70,11 +123,45 @@ class LocalConsul:
                     server=each["Tags"].get("role") == "consul",
                 )
                 for each in client.agent.members()
+                if each["Status"] != SERF_LEFT
             )
 
     def join(self, address: str) -> None:
-        with self._call(f"join {address} to") as client:
+        with self._call(f"join {address} to", "recovery") as client:
             client.agent.join(address)
+
+    def voters(self) -> tuple[str, ...]:
+        with self._call("list the servers of") as client:
+            found = client.operator.raft_config()["Servers"]
+        return tuple(each["Node"] for each in found if each["Voter"])
+
+    def knock(self, address: str) -> str:
+        try:
+            self.join(address)
+        except HostError as error:
+            return error.cause if "keys could decrypt" in error.cause else ""
+        return ""
+
+    def greet(self, address: str, name: str) -> str:
+        try:
+            authorities = self._config / paths.CONSUL_AUTHORITIES.name
+            context = ssl.create_default_context(cafile=str(authorities))
+            context.load_cert_chain(self._config / paths.CONSUL_CERTIFICATE.name)
+            with socket.create_connection((address, RPC_PORT), GREETING_S) as plain:
+                plain.sendall(RPC_TLS)
+                with context.wrap_socket(plain, server_hostname=name) as secured:
+                    # With TLS 1.3 a certificate that the other side refuses shows on a read.
+                    secured.settimeout(GREETING_S)
+                    secured.recv(1)
+        except ssl.SSLCertVerificationError as error:
+            return f"its certificate is refused here: {error.verify_message}"
+        except ssl.SSLError as error:
+            return f"it refuses this node's certificate: {error.reason}"
+        except TimeoutError:
+            return ""  # it waits for a request: all is right. Or nobody is there, which others say
+        except OSError:
+            return ""
+        return ""
 
     def get(self, prefix: str) -> Mapping[str, Entry]:
         with self._call(f"read {prefix} from") as client:
@@ -94,9 +181,9 @@ class LocalConsul:
             with self._call("write to") as client:
                 client.txn.put(payload)
         except HostError as error:
-            if isinstance(error.__cause__, consul.exceptions.ClientError) and str(
-                error.__cause__
-            ).startswith("409"):
+            # What the token does not allow is a 409 as well.
+            is_conflict = error.cause.startswith("409") and "Permission denied" not in error.cause
+            if isinstance(error.__cause__, consul.exceptions.ClientError) and is_conflict:
                 return False
             raise
         return True
@@ -156,13 +243,86 @@ class LocalConsul:
             )
 
     def deregister(self, service_id: str) -> None:
-        with self._call(f"deregister {service_id} from") as client:
-            client.agent.service.deregister(service_id)
+        try:
+            with self._call(f"deregister {service_id} from") as client:
+                client.agent.service.deregister(service_id)
+        except HostError as error:
+            if "Unknown service" not in error.cause:  # with ACLs on, Consul minds that
+                raise
 
     def vouch(self, service_id: str, passing: bool, note: str) -> None:
         with self._call(f"vouch for {service_id} in") as client:
             check = client.agent.check
             (check.ttl_pass if passing else check.ttl_fail)(f"service:{service_id}", note)
+
+    def reload(self) -> None:
+        with self._call("reload", "recovery") as client:
+            client.agent.reload()
+            # A reload takes a new agent token, yet what was refused with the old one is tried
+            # again only after minutes; setting the token by this call has it tried at once (1.8).
+            if token := self._read("agent"):
+                path, body = "/v1/agent/token/agent", json.dumps({"Token": token})
+                client.http.put(consul.callback.CB.boolean(), path, data=body)
+
+    def knows_token(self) -> bool:
+        try:
+            with self._call("ask who this node is to") as client:
+                client.acl.token.read_self()
+        except HostError as error:
+            if isinstance(error.__cause__, consul.exceptions.ACLPermissionDenied):
+                return False
+            raise
+        return True
+
+    def policies(self) -> Mapping[str, str]:
+        with self._call("list the access policies of") as client:
+            found = client.acl.policy.list()
+        return {
+            each["Name"]: each["Description"].removeprefix(POLICY)
+            for each in found
+            if each["Description"].startswith(POLICY)
+        }
+
+    def put_policy(self, policy: Policy) -> None:
+        rules: dict[str, dict[str, dict[str, str]]] = {}
+        for kind, of, level in policy.rules:
+            rules.setdefault(kind, {})[of] = {"policy": level}
+        values = {"description": f"{POLICY}{policy.digest}", "rules": rules}
+        with self._call(f"set the access policy {policy.name} of") as client:
+            ids = {each["Name"]: each["ID"] for each in client.acl.policy.list()}
+            if policy.name in ids:
+                client.acl.policy.update(ids[policy.name], policy.name, **values)
+            else:
+                client.acl.policy.create(policy.name, **values)
+
+    def tokens(self) -> Mapping[str, Token]:
+        with self._call("list the tokens of") as client:
+            found = client.acl.token.list()
+        return {
+            each["AccessorID"]: Token(
+                each["AccessorID"],
+                tuple(sorted(policy["Name"] for policy in each.get("Policies") or ())),
+                each["Description"],
+            )
+            for each in found
+        }
+
+    def put_token(self, token: Token) -> None:
+        values = {"policies_name": list(token.policies), "description": token.description}
+        with self._call(f"set the token for {token.description} of") as client:
+            if any(each["AccessorID"] == token.accessor for each in client.acl.token.list()):
+                client.acl.token.update(token.accessor, **values)
+            else:
+                secret = token.secret.reveal() if token.secret else None
+                client.acl.token.create(accessor_id=token.accessor, secret_id=secret, **values)
+
+    def delete_token(self, accessor: str) -> None:
+        with self._call(f"delete the token {accessor} of") as client:
+            client.acl.token.delete(accessor)
+
+    def change_keyring(self, action: KeyringAction, key: Secret) -> None:
+        with self._call(f"{action} a gossip key of") as client:
+            getattr(client.operator, f"keyring_{action}")(key.reveal())
 
     def watch(self, prefix: str, wake: Callable[[], None], stop: threading.Event) -> None:
         """Wake whenever a key below `prefix` changes, by blocking queries.
@@ -173,8 +333,9 @@ class LocalConsul:
         index, was_lost = None, False
         while not stop.is_set():
             try:
+                self._show(self._watch_client, "token")
                 found, _ = self._watch_client.kv.get(prefix, recurse=True, index=index, wait=WATCH)
-            except (consul.ConsulException, requests.RequestException, ValueError):
+            except (consul.ConsulException, requests.RequestException, ValueError, HostError):
                 index, was_lost = None, True
                 stop.wait(WATCH_RETRY_S)
                 continue
@@ -189,6 +350,7 @@ def _client(port: int) -> consul.Consul:
         host="127.0.0.1", port=port, scheme="http", connections_timeout=TIMEOUT_S
     )
     client.http.session.trust_env = False  # a proxy must not come between us and this host
+    client.token = None  # nor a token of the environment
     return client
 
 

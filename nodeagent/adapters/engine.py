@@ -78,6 +78,24 @@ class DockerDaemon:
             tokens = client.api.inspect_swarm()["JoinTokens"]
             return tokens["Worker"], tokens["Manager"]
 
+    def swarm_rotate_tokens(self) -> None:
+        # Not by docker-py's update: that one sends a whole new spec, with zeros for what is not
+        # named (task history, raft ticks, …).
+        with self._call("make new join tokens on") as client:
+            api = client.api
+            swarm = api.inspect_swarm()
+            answer = api.post(
+                f"{api.base_url}/v{api.api_version}/swarm/update",
+                params={
+                    "version": swarm["Version"]["Index"],
+                    "rotateWorkerToken": "true",
+                    "rotateManagerToken": "true",
+                },
+                json=swarm["Spec"],
+                timeout=TIMEOUT_S,
+            )
+            _raise_for_status(answer)
+
     def swarm_is_bare(self) -> bool:
         with self._call("list what is in the Swarm of") as client:
             api: Any = client.api
@@ -204,6 +222,15 @@ class DockerDaemon:
     def start_container(self, name: str) -> None:
         with self._call(f"start container {name} in") as client:
             client.api.start(name)
+
+    def execute(self, container: str, *command: str) -> None:
+        what = f"run {' '.join(command[:2])} in container {container} of"
+        with self._call(what) as client:
+            api: Any = client.api
+            made = api.exec_create(container, list(command))["Id"]
+            words = api.exec_start(made).decode("utf-8", "replace").strip()
+            if api.exec_inspect(made)["ExitCode"]:
+                raise HostError(what, self._name, words)
 
 
 def _raise_for_status(answer: requests.Response) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import errno
 import fcntl
@@ -28,7 +29,17 @@ class LocalFiles:
                 return None
 
     def exists(self, path: Path) -> bool:
-        return path.exists()
+        with _errors("look at", path):
+            return path.exists()
+
+    def is_private(self, path: Path) -> bool:
+        with _errors("look at", path):
+            try:
+                found = path.stat()
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+        is_ours = found.st_uid in (0, os.geteuid())
+        return is_ours and stat.S_ISREG(found.st_mode) and not found.st_mode & 0o077
 
     def write(self, path: Path, text: str, mode: int | None) -> None:
         with _errors("write", path), replacing(path) as (temporary, old):
@@ -42,6 +53,43 @@ class LocalFiles:
     def remove(self, path: Path) -> None:
         with _errors("remove", path):
             path.unlink(missing_ok=True)
+
+    def make_private_directory(self, path: Path) -> None:
+        with _errors("make the directory", path):
+            if not path.is_dir():
+                _make_directory(path.parent)
+                path.mkdir(mode=0o700)
+                _sync(path.parent)
+
+    def link(self, path: Path, target: Path) -> None:
+        with _errors("link", path):
+            _make_directory(path.parent)
+            temporary = _beside(path)
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(target)
+            try:
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            _sync(path.parent)
+
+    def copy_tree(self, source: Path, target: Path) -> None:
+        with _errors("copy", source):
+            _make_directory(target.parent)
+            temporary = _beside(target)
+            _remove_tree(temporary)  # of a run that was killed
+            try:
+                shutil.copytree(source, temporary)
+                for directory, _, names in os.walk(temporary):
+                    for name in (*names, "."):
+                        _sync(Path(directory, name))
+                temporary.rename(target)
+            finally:
+                _remove_tree(temporary)
+            _sync(target.parent)
+
+    def compile(self, directory: Path) -> None:
+        compileall.compile_dir(directory, quiet=2)  # what cannot be compiled or written stays
 
     def unpack_program(self, archive: Path, path: Path) -> None:
         with _errors("unpack", archive), replacing(path) as (temporary, _):
@@ -104,7 +152,7 @@ def replacing(path: Path) -> Iterator[tuple[Path, os.stat_result | None]]:
         old = None
     if old is not None and not stat.S_ISREG(old.st_mode):
         raise FileExistsError(errno.EEXIST, "it is there, and is no plain file")
-    temporary = path.with_name(f".{path.name}.nodeagent-new")
+    temporary = _beside(path)
     temporary.unlink(missing_ok=True)  # of a run that was killed; its mode may be another
     try:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -114,6 +162,16 @@ def replacing(path: Path) -> Iterator[tuple[Path, os.stat_result | None]]:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """Where what is to be at `path` is made: on the same file system."""
+    return path.with_name(f".{path.name}.nodeagent-new")
+
+
+def _remove_tree(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
 
 
 def _make_directory(path: Path) -> None:

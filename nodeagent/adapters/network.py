@@ -1,17 +1,31 @@
-"""This machine's network interfaces and name."""
+"""This machine's network interfaces, its routing rules and its name."""
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import json
+import select
 import socket
+import struct
+import subprocess
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import psutil
 
-from nodeagent.host import Interface
+from nodeagent.errors import HostError
+from nodeagent.host import Interface, Rule
+
+TIMEOUT_S = 10
+WATCH_PAUSE_S = 5  # before listening again after an error
+
+RTMGRP_IPV4_RULE, RTM_DELRULE = 0x80, 33  # linux/rtnetlink.h
 
 
 class LocalNetwork:
-    """Interfaces as the kernel has them now."""
+    """Interfaces and rules as the kernel has them now."""
 
     def interfaces(self) -> tuple[Interface, ...]:
         return tuple(
@@ -24,6 +38,66 @@ class LocalNetwork:
     def hostname(self) -> str:
         return socket.gethostname().partition(".")[0]
 
+    def rules(self) -> tuple[Rule, ...]:
+        try:
+            listed = json.loads(_run("ip", "-json", "-4", "rule", "show"))
+            return tuple(_rule(entry) for entry in listed)
+        except (ValueError, TypeError, KeyError) as error:
+            raise HostError("read", "the routing rules", f"unclear: {error!r}") from error
+
+    def watch_rules(self, wake: Callable[[], None], stop: threading.Event) -> None:
+        """By the kernel's own word, rtnetlink(7); to listen needs no privilege."""
+        while not stop.is_set():
+            with (
+                contextlib.suppress(OSError),
+                socket.socket(
+                    socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
+                ) as end,
+            ):
+                end.bind((0, RTMGRP_IPV4_RULE))
+                wake()  # a rule may have gone before anybody listened
+                while not stop.is_set():
+                    if select.select([end], [], [], 60)[0] and _tells_of_a_loss(end.recv(65536)):
+                        wake()
+            stop.wait(WATCH_PAUSE_S)
+
 
 def _prefix(netmask: str | None) -> int:
     return ipaddress.IPv4Network(f"0.0.0.0/{netmask or '255.255.255.255'}").prefixlen
+
+
+def _rule(entry: Mapping[str, Any]) -> Rule:
+    """One of `ip -json rule`. Every word narrows it, known here or not, but for `src all`."""
+    priority, action = entry["priority"], entry.get("action") or f"lookup {entry['table']}"
+    takes = {f"{key} {value}" for key, value in entry.items() if key not in _NO_SELECTORS}
+    return Rule(priority, frozenset(takes - {"src all"}), action)
+
+
+_NO_SELECTORS = ("priority", "action", "table", "protocol")
+
+
+def _tells_of_a_loss(message: bytes) -> bool:
+    _length, kind = struct.unpack_from("=IH", message)  # netlink(7), struct nlmsghdr
+    return bool(kind == RTM_DELRULE)
+
+
+def _run(*command: str) -> str:
+    """Run a program to its end; raises HostError with what it said."""
+    try:
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            errors="replace",
+        )
+    except subprocess.TimeoutExpired as error:
+        raise HostError("read", "the routing rules", f"no answer in {TIMEOUT_S} s") from error
+    except OSError as error:
+        raise HostError("read", "the routing rules", error) from error
+    if result.returncode != 0:
+        said = result.stderr.strip() or f"exit code {result.returncode}"
+        raise HostError("read", "the routing rules", said.splitlines()[0])
+    return result.stdout

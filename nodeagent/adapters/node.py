@@ -8,6 +8,7 @@ from nodeagent.adapters.consul import LocalConsul
 from nodeagent.adapters.engine import DockerDaemon
 from nodeagent.adapters.files import LocalFiles
 from nodeagent.adapters.network import LocalNetwork
+from nodeagent.adapters.pki import LocalPki
 from nodeagent.adapters.resolver import DnsResolver
 from nodeagent.adapters.systemd import SystemdManager
 from nodeagent.adapters.web import WebFetcher
@@ -25,5 +26,6 @@ def this_machine() -> Host:
         consul=LocalConsul(),
         resolver=DnsResolver(),
         network=LocalNetwork(),
+        pki=LocalPki(),
         clock=SystemClock(),
     )

@@ -57,6 +57,9 @@ class SystemdManager:
         )
         return tuple(line.strip() for line in text.splitlines() if line.strip())
 
+    def execute(self, *command: str) -> None:
+        _run(*command)
+
     def watch(self, name: str, wake: Callable[[], None], stop: threading.Event) -> None:
         """By a pidfd of the main process: an open event stream would hold up the Engine's end.
 

@@ -1,13 +1,26 @@
 """The boot story, in order. Each step is entered again from the top on every cycle."""
 
 from nodeagent.plan import Step
-from nodeagent.steps import consul, engine, identity, quorum, services, swarm
+from nodeagent.steps import (
+    access,
+    consul,
+    engine,
+    guard,
+    identity,
+    quorum,
+    secrets,
+    services,
+    swarm,
+)
 
 STEPS: tuple[Step, ...] = (
     identity.STEP,
+    secrets.STEP,
     consul.STEP,
     engine.STEP,
     quorum.STEP,
+    guard.STEP,
+    access.STEP,
     swarm.STEP,
     services.STEP,
 )

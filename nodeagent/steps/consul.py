@@ -7,7 +7,7 @@ import hashlib
 import ipaddress
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from nodeagent.changes import (
     Fetch,
     LoadImage,
     PullImage,
+    ReloadConsul,
+    RemoveFile,
     RestartUnit,
     RunContainer,
     StartContainer,
@@ -26,6 +28,7 @@ from nodeagent.changes import (
     UnpackProgram,
     WriteFile,
 )
+from nodeagent.errors import HostError
 from nodeagent.host import ConsulSelf, Container, ContainerState, Host, Unit
 from nodeagent.plan import Plan, Step, block, change, done, wait
 from nodeagent.spec import Spec
@@ -39,7 +42,7 @@ class Seen:
     address: str
     hostname: str
     agent: ConsulSelf | None
-    config: str | None
+    config: str | None = field(repr=False)
     unit: Unit  # of the System Engine, or of Consul itself for runtime binary
     archive_is_here: bool
     journal: tuple[str, ...] = ()
@@ -48,9 +51,33 @@ class Seen:
     container: ContainerState | None = None
     program_of: str | None = None  # runtime binary: what the installed program was made from
     restart_pending: str | None = None
+    reload_pending: bool = False
+    verdict: str | None = None  # Consul's own on a new configuration; None: not asked
 
 
 def observe(spec: Spec, host: Host) -> Seen:
+    seen = _observe(spec, host)
+    wanted = render(spec, seen.address, seen.hostname)
+    if seen.agent is None or seen.config in (None, wanted):
+        return seen
+    # Something runs that a bad configuration would end.
+    if host.files.read(paths.CONSUL_CANDIDATE) != wanted:
+        return seen
+    in_container = spec.consul.runtime == "container"
+    directory = _CONTAINER_CONFIG if in_container else str(paths.CONSUL_CONFIG.parent)
+    names = [f"{directory}/candidate/consul.json"]
+    names += [f"{directory}/{paths.CONSUL_KEYS.name}"] if spec.is_secured else []
+    try:
+        if in_container:
+            host.system_engine.execute(CONTAINER, "consul", "validate", *names)
+        else:
+            host.systemd.execute(str(paths.CONSUL_BINARY), "validate", *names)
+    except HostError as error:
+        return dataclasses.replace(seen, verdict=error.cause)
+    return dataclasses.replace(seen, verdict="")
+
+
+def _observe(spec: Spec, host: Host) -> Seen:
     in_container = spec.consul.runtime == "container"
     name = paths.SYSTEM_ENGINE_UNIT if in_container else paths.CONSUL_UNIT
     unit = host.systemd.unit(name)
@@ -62,6 +89,7 @@ def observe(spec: Spec, host: Host) -> Seen:
         unit=unit,
         archive_is_here=host.files.exists(archive_path(spec)),
         journal=host.systemd.last_lines(name, 5) if _has_failed(unit) else (),
+        reload_pending=host.files.exists(paths.CONSUL_RELOAD_PENDING),
     )
     if not in_container:
         return dataclasses.replace(
@@ -107,6 +135,8 @@ def _container(spec: Spec, seen: Seen, wanted: str) -> Plan:
         return change(LoadImage(archive, spec.consul.image))
     changes: list[Change] = []
     if seen.config != wanted:
+        if asked := _ask_first(seen, wanted):
+            return asked
         changes.append(WriteFile(paths.CONSUL_CONFIG, wanted, 0o600))
     if seen.container is None or seen.container.definition != definition.definition:
         changes.append(RunContainer(definition))
@@ -149,10 +179,26 @@ def _binary(spec: Spec, seen: Seen, wanted: str) -> Plan:
             WriteFile(_PROGRAM_OF, spec.consul.sha256, 0o600),
         )
     if seen.config != wanted:
-        return change(*_pending(seen), WriteFile(paths.CONSUL_CONFIG, wanted, 0o600))
+        write = WriteFile(paths.CONSUL_CONFIG, wanted, 0o600)
+        return _ask_first(seen, wanted) or change(*_pending(seen), write)
     if seen.unit.is_active and seen.restart_pending == seen.unit.invocation:
         return change(RestartUnit(paths.CONSUL_UNIT, "its program or configuration changed"))
     return _unit_runs(paths.CONSUL_UNIT, seen) or _answers(spec, seen)
+
+
+def _ask_first(seen: Seen, wanted: str) -> Plan | None:
+    """Have a running Consul's program look at a new configuration before it replaces the old one.
+
+    The very first one needs none of that: the start is the test, and there is nothing to lose.
+    """
+    if seen.agent is None or seen.config is None or seen.verdict == "":
+        return None
+    if seen.verdict is None:
+        return change(WriteFile(paths.CONSUL_CANDIDATE, wanted, 0o600))
+    return block(
+        f"Consul refuses its new configuration and goes on with the old one: {seen.verdict}",
+        fix=f"edit {paths.SPEC}",
+    )
 
 
 def _pending(seen: Seen) -> list[Change]:
@@ -191,7 +237,19 @@ def _answers(spec: Spec, seen: Seen) -> Plan:
     ours = (spec.datacenter, seen.hostname, seen.address)
     if (agent.datacenter, agent.node_name, agent.address) != ours:
         return _foreign(agent)
-    return done(f"Consul {agent.version} at {agent.address}")
+    if seen.reload_pending:
+        return change(ReloadConsul(), RemoveFile(paths.CONSUL_RELOAD_PENDING))
+    return done(f"Consul {agent.version} at {agent.address}{_weakness(spec, agent.version)}")
+
+
+def _weakness(spec: Spec, version: str) -> str:
+    """CVE-2021-37219, which no setting mends; Consul's changelog names the versions that do."""
+    major, minor, patch = (int(number) for number in re.findall(r"\d+", f"{version}.0.0")[:3])
+    mended = {8: 15, 9: 9, 10: 2}
+    is_newer = (major, minor) > (1, 10)
+    if not spec.is_secured or is_newer or patch >= mended.get(minor, 99):
+        return ""
+    return "; too old: a worker's root can write to the servers' log (CVE-2021-37219)"
 
 
 def _foreign(agent: ConsulSelf) -> Plan:
@@ -213,9 +271,9 @@ def container(spec: Spec, config: str) -> Container:
         name=CONTAINER,
         image=spec.consul.image,
         entrypoint=("consul",),
-        command=("agent", "-config-file=/consul/config/consul.json"),
+        command=("agent", f"-config-dir={_CONTAINER_CONFIG}"),
         binds=(
-            f"{paths.CONSUL_CONFIG.parent}:/consul/config:ro",
+            f"{paths.CONSUL_CONFIG.parent}:{_CONTAINER_CONFIG}:ro",
             f"{paths.CONSUL_DATA}:/consul/data",
         ),
         config_sha256=hashlib.sha256(config.encode()).hexdigest(),
@@ -250,7 +308,29 @@ def render(spec: Spec, address: str, hostname: str) -> str:
     }
     if spec.is_server:
         config["bootstrap_expect"] = spec.servers
+    if spec.is_secured:
+        config |= _secured("/consul/config" if in_container else str(paths.CONSUL_CONFIG.parent))
     return json.dumps(config, indent=2) + "\n"
+
+
+def _secured(directory: str) -> dict[str, Any]:
+    """Who is not a member is told nothing, and a member only what its token allows.
+
+    The names are those of 1.8, which newer versions map to their own. Keys and tokens stand in
+    keys.json beside it. There is no second CA, Connect's, to have certificates from
+    (docs/decisions/0007).
+    """
+    return {
+        "verify_incoming": True,
+        "verify_outgoing": True,
+        "verify_server_hostname": True,
+        "ca_file": f"{directory}/{paths.CONSUL_AUTHORITIES.name}",
+        "cert_file": f"{directory}/{paths.CONSUL_CERTIFICATE.name}",
+        "key_file": f"{directory}/{paths.CONSUL_CERTIFICATE.name}",
+        "connect": {"enabled": False},
+        # An outage of the servers is not one of what they had allowed before.
+        "acl": {"enabled": True, "default_policy": "deny", "down_policy": "extend-cache"},
+    }
 
 
 def is_name(entry: str) -> bool:
@@ -264,6 +344,7 @@ def is_name(entry: str) -> bool:
     return False
 
 
+_CONTAINER_CONFIG = "/consul/config"
 _PROGRAM_OF = paths.CONSUL_BINARY.with_suffix(".sha256")
 
-STEP = Step("consul", requires=("identity",), observe=observe, diff=diff)
+STEP = Step("consul", requires=("identity", "secrets"), observe=observe, diff=diff)

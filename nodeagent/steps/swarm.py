@@ -45,6 +45,7 @@ class Record:
     node: str
     swarm_id: str
     entry: Entry
+    worker_token: Secret = Secret("")
 
     @classmethod
     def parse(cls, entry: Entry | None) -> Record | None:
@@ -52,7 +53,8 @@ class Record:
         if entry is None:
             return None
         data = json.loads(entry.value)
-        record = cls(data["phase"], data["node"], data.get("swarm_id", ""), entry)
+        phase, node, swarm_id = data["phase"], data["node"], data.get("swarm_id", "")
+        record = cls(phase, node, swarm_id, entry, Secret(str(data.get("token", ""))))
         if record.phase not in get_args(Phase) or (record.phase != "intent") != bool(
             record.swarm_id
         ):
@@ -65,7 +67,7 @@ class Keys:
     """Where the record stands in Consul."""
 
     state: str
-    worker_token: str
+    worker_entry: str  # all that workers can read of it: the state, and their join token
     manager_token: str
     join_lock: str
 
@@ -74,8 +76,8 @@ class Keys:
         prefix = f"{spec.key_prefix}swarm/"
         return cls(
             f"{prefix}state",
-            f"{prefix}token/worker",
-            f"{prefix}token/manager",
+            f"{spec.key_prefix}worker/swarm",
+            f"{prefix}manager-token",
             f"{prefix}manager-join",
         )
 
@@ -94,7 +96,8 @@ def observe(spec: Spec, host: Host) -> Seen:
     info = host.engine.info()
     swarm = info.swarm if info else None
     alone = swarm is not None and swarm.state == "active" and swarm.nodes == 1
-    entries = host.consul.get(f"{spec.key_prefix}swarm/")
+    part = "swarm/" if spec.is_server else "worker/"
+    entries = host.consul.get(f"{spec.key_prefix}{part}")
     return Seen(
         node=host.network.hostname(),
         address=cluster_address(spec.address, host.network.interfaces()),
@@ -109,12 +112,13 @@ def diff(spec: Spec, seen: Seen) -> Plan:
     if seen.swarm is None:
         return wait("docker.service to answer on its socket")
     keys = Keys.of(spec)
+    place = keys.state if spec.is_server else keys.worker_entry
     try:
-        record = Record.parse(seen.entries.get(keys.state))
+        record = Record.parse(seen.entries.get(place))
     except (ValueError, KeyError, TypeError):
         return block(
-            f"Consul's key {keys.state} does not hold a record of ours",
-            fix=f"consul kv get {keys.state}; if nobody needs it: consul kv delete {keys.state}",
+            f"Consul's key {place} does not hold a record of ours",
+            fix=f"consul kv get {place}; if nobody needs it: consul kv delete {place}",
         )
     if seen.swarm.state in ("locked", "error"):
         words = f": {seen.swarm.error}" if seen.swarm.error else ""
@@ -156,14 +160,13 @@ def _initialise(
         value = json.dumps({"phase": "initialised", **found})
         return change(UpdateRecord(keys.state, value, index, "record the Swarm's id"))
     value = json.dumps({"phase": "published", **found})
-    tokens = (keys.worker_token, keys.manager_token)
-    return change(PublishSwarm(keys.state, value, index, tokens))
+    return change(PublishSwarm(keys.state, value, index, keys.worker_entry, keys.manager_token))
 
 
 def _member(spec: Spec, seen: Seen, swarm: SwarmInfo, record: Record, keys: Keys) -> Plan:
     """The Swarm is known: be in it, and in no other."""
     if swarm.state == "inactive":
-        return _join(spec, seen, keys)
+        return _join(spec, seen, keys, record)
     if swarm.cluster_id and swarm.cluster_id != record.swarm_id:
         if _is_ours(spec, seen):
             return change(LeaveSwarm(_ORPHAN))
@@ -187,15 +190,15 @@ def _member(spec: Spec, seen: Seen, swarm: SwarmInfo, record: Record, keys: Keys
     return done(f"{'manager' if swarm.is_manager else 'worker'} in Swarm {record.swarm_id}")
 
 
-def _join(spec: Spec, seen: Seen, keys: Keys) -> Plan:
-    token = seen.entries.get(keys.manager_token if spec.is_server else keys.worker_token)
-    if token is None:
+def _join(spec: Spec, seen: Seen, keys: Keys, record: Record) -> Plan:
+    token = seen.entries.get(keys.manager_token)
+    if spec.is_server and token is None:
         return wait("the cluster's join token in Consul")
     managers = _candidates(seen)
     if not managers:
         return wait("a Swarm manager to be registered in Consul")
     if not spec.is_server:
-        return change(JoinSwarm(seen.address, managers, "worker", Secret(token.value)))
+        return change(JoinSwarm(seen.address, managers, "worker", record.worker_token))
     # Managers join one at a time: each join changes the size of the managers' quorum.
     lock = _own_lock(seen, keys.join_lock)
     if not lock:
@@ -204,6 +207,7 @@ def _join(spec: Spec, seen: Seen, keys: Keys) -> Plan:
             return wait(f"{entry.value} to finish joining the Swarm as manager")
         index = entry.index if entry else 0
         return change(TakeLock(keys.join_lock, seen.node, index, "take the managers' join lock"))
+    assert token is not None
     return change(JoinSwarm(seen.address, managers, "manager", Secret(token.value), lock))
 
 
@@ -239,4 +243,4 @@ def _other_swarm(swarm: SwarmInfo, ours: str) -> Plan:
 _ORPHAN = "it is left over from an interrupted start, alone and never published"
 _CURE_STATE = "docker info; then docker swarm unlock, or docker swarm leave --force to join afresh"
 
-STEP = Step("swarm", requires=("engine", "quorum"), observe=observe, diff=diff)
+STEP = Step("swarm", requires=("engine", "access", "guard"), observe=observe, diff=diff)

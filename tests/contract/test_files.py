@@ -65,8 +65,11 @@ def test_text_comes_back_as_it_was(rig: Rig, text: str) -> None:
     assert rig.files.exists(path)
     rig.files.write(path, "next", 0o600)
     assert rig.files.read(path) == "next"
+    rig.files.write(path, "private", 0o600)
     rig.files.remove(path)
     assert rig.files.read(path) is None
+    rig.files.write(path, "anew", None)
+    assert mode(rig, path) == 0o644, "its own, not the old one's"
 
 
 def mode(rig: Rig, path: Path) -> int:
@@ -83,6 +86,101 @@ def test_modes(rig: Rig) -> None:
     assert mode(rig, path) == 0o600
     rig.files.write(path, "3", None)
     assert mode(rig, path) == 0o600, "kept"
+
+
+@pytest.mark.parametrize(
+    ("permissions", "is_private"),
+    [(0o600, True), (0o400, True), (0o700, True), (0o640, False), (0o620, False), (0o604, False),
+     (0o602, False), (0o644, False)],
+    ids=["600-is", "400-is", "700-is", "640-is-not", "620-is-not", "604-is-not", "602-is-not",
+         "644-is-not"],
+)  # fmt: skip
+def test_what_others_can_read_or_write_is_not_private(
+    rig: Rig, permissions: int, is_private: bool
+) -> None:
+    path = rig.top / "file"
+    rig.files.write(path, "key", permissions)
+    assert rig.files.is_private(path) == is_private
+    rig.files.link(rig.top / "link", path)
+    assert rig.files.is_private(rig.top / "link") == is_private, "the link's target counts"
+
+
+def test_what_is_no_file_is_not_private(rig: Rig) -> None:
+    assert not rig.files.is_private(rig.top / "none")
+    rig.files.write(rig.top / "file", "key", 0o600)
+    assert not rig.files.is_private(rig.top / "file/none")
+    assert not rig.files.exists(rig.top / "file/none")
+    rig.files.make_private_directory(rig.top / "directory")
+    assert not rig.files.is_private(rig.top / "directory")
+
+
+def test_a_directory_can_be_there_before_anything_in_it(rig: Rig) -> None:
+    path = rig.top / "deep/er"
+    for _ in range(2):
+        rig.files.make_private_directory(path)
+        assert rig.files.exists(path)
+    rig.files.write(path / "file", "1", None)
+    rig.files.make_private_directory(path)
+    assert rig.files.read(path / "file") == "1"
+    with pytest.raises(HostError, match=f"{path}/file: File exists"):
+        rig.files.make_private_directory(path / "file")
+
+
+@pytest.mark.parametrize("before", ["nothing", "a-file", "another-link", "a-dead-link"])
+def test_a_link_takes_the_place_of_what_was_there(rig: Rig, before: str) -> None:
+    path, target, other = rig.top / "bin/it", rig.top / "target", rig.top / "other"
+    rig.files.write(target, "target", None)
+    rig.files.write(other, "other", None)
+    if before == "a-file":
+        rig.files.write(path, "file", None)
+    elif before == "another-link":
+        rig.files.link(path, other)
+    elif before == "a-dead-link":
+        rig.files.link(path, rig.top / "nowhere")
+        assert not rig.files.exists(path)
+        assert rig.files.read(path) is None
+    rig.files.link(path, target)
+    assert rig.files.exists(path)
+    assert rig.files.read(path) == "target"
+    rig.files.write(path, "through the link", None)
+    assert rig.files.read(target) == "through the link"
+    assert rig.files.read(other) == "other"
+    rig.files.remove(path)
+    assert not rig.files.exists(path)
+    assert rig.files.exists(target), "only the link is gone"
+
+
+def test_a_link_takes_no_directorys_place(rig: Rig) -> None:
+    rig.files.write(rig.top / "bin/inside", "1", None)
+    with pytest.raises(HostError, match=f"link {rig.top / 'bin'}: Is a directory"):
+        rig.files.link(rig.top / "bin", rig.top / "target")
+    assert rig.files.read(rig.top / "bin/inside") == "1"
+
+
+def test_a_tree_is_copied(rig: Rig) -> None:
+    source, target = rig.top / "from", rig.top / "lib/1.0/to"
+    rig.files.write(source / "a", "1", 0o600)
+    rig.files.write(source / "deep/b", "2", 0o755)
+    rig.files.copy_tree(source, target)
+    assert rig.files.read(target / "a") == "1"
+    assert rig.files.read(target / "deep/b") == "2"
+    assert (mode(rig, target / "a"), mode(rig, target / "deep/b")) == (0o600, 0o755)
+    rig.files.write(source / "a", "newer", None)
+    with pytest.raises(HostError, match=f"copy {source}: Directory not empty"):
+        rig.files.copy_tree(source, target)
+    assert rig.files.read(target / "a") == "1"
+    with pytest.raises(HostError, match="No such file or directory"):
+        rig.files.copy_tree(rig.top / "none", rig.top / "lib/2.0/to")
+    assert not rig.files.exists(rig.top / "lib/2.0/to")
+
+
+def test_what_is_compiled_stays_as_it_is(rig: Rig) -> None:
+    texts = {"good.py": "X = 1\n", "wrong.py": "X = = 1\n", "data.txt": "X = = 1\n"}
+    for name, text in texts.items():
+        rig.files.write(rig.top / "from" / name, text, None)
+    rig.files.compile(rig.top / "from")
+    rig.files.compile(rig.top / "none")
+    assert {name: rig.files.read(rig.top / "from" / name) for name in texts} == texts
 
 
 def test_a_directory_in_its_place_is_an_error(rig: Rig) -> None:
@@ -183,6 +281,69 @@ def test_a_fifo_in_its_place_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "file").is_fifo()
 
 
+@needs_root
+def test_what_belongs_to_another_user_is_not_private(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    LOCAL.write(path, "key", 0o600)
+    os.chown(path, 12, 34)
+    assert not LOCAL.is_private(path)
+    os.chown(path, 0, 34)
+    assert LOCAL.is_private(path)
+
+
+def test_a_private_directory_is_for_its_owner_alone(tmp_path: Path) -> None:
+    LOCAL.make_private_directory(tmp_path / "deep/er")
+    assert (tmp_path / "deep/er").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "deep/er").chmod(0o755)
+    LOCAL.make_private_directory(tmp_path / "deep/er")
+    assert (tmp_path / "deep/er").stat().st_mode & 0o777 == 0o755, "its owner's business"
+
+
+def test_a_link_is_one_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/.it.nodeagent-new").symlink_to("/left/by/a/killed/run")
+    LOCAL.link(tmp_path / "bin/it", tmp_path / "target")
+    assert (tmp_path / "bin/it").readlink() == tmp_path / "target"
+    assert list((tmp_path / "bin").iterdir()) == [tmp_path / "bin/it"]
+    (tmp_path / "bin/directory").mkdir()
+    with pytest.raises(HostError):
+        LOCAL.link(tmp_path / "bin/directory", tmp_path / "target")
+    assert {path.name for path in (tmp_path / "bin").iterdir()} == {"it", "directory"}
+
+
+def test_half_a_copy_is_never_in_place(tmp_path: Path) -> None:
+    source, target = tmp_path / "from", tmp_path / "lib/1.0/to"
+    left = target.with_name(".to.nodeagent-new")
+    left.mkdir(parents=True)
+    (left / "half").touch()
+    source.mkdir()
+    (source / "a").write_text("1")
+    (source / "dead").symlink_to("nowhere")
+    with pytest.raises(HostError, match=f"copy {source}: .*dead"):
+        LOCAL.copy_tree(source, target)
+    assert list((tmp_path / "lib/1.0").iterdir()) == []
+    (source / "dead").unlink()
+    LOCAL.copy_tree(source, target)
+    assert [path.name for path in target.iterdir()] == ["a"]
+    assert list((tmp_path / "lib/1.0").iterdir()) == [target]
+
+
+def test_compiled_modules_need_no_compiling_where_they_are_copied_to(tmp_path: Path) -> None:
+    source, target = tmp_path / "from", tmp_path / "to"
+    source.mkdir()
+    (source / "module.py").write_text("print(__cached__)\n")
+    LOCAL.compile(source)
+    LOCAL.copy_tree(source, target)
+    (compiled,) = (target / "__pycache__").iterdir()
+    before = compiled.stat()
+    said = subprocess.run(
+        [sys.executable, "-c", "import module"], cwd=target, capture_output=True, text=True
+    )
+    assert said.stdout == f"{compiled}\n"
+    assert compiled.stat().st_mtime_ns == before.st_mtime_ns, "written again"
+    assert compiled.stat().st_ino == before.st_ino, "written again"
+
+
 @contextlib.contextmanager
 def small_disk(path: Path) -> Iterator[Path]:
     path.mkdir()
@@ -207,6 +368,10 @@ def test_on_a_full_disk_the_old_file_stays(tmp_path: Path) -> None:
         digest = hashlib.sha256(b"x" * 200_000).hexdigest()
         with pytest.raises(HostError, match="No space left"):
             WebFetcher().fetch(str(tmp_path / "big"), disk / "fetched", digest, ignore)
+        (tmp_path / "tree").mkdir()
+        (tmp_path / "big").rename(tmp_path / "tree/big")
+        with pytest.raises(HostError, match="No space left"):
+            LOCAL.copy_tree(tmp_path / "tree", disk / "copied")
         assert list(disk.iterdir()) == [disk / "file"]
         LOCAL.write(disk / "file", "new", 0o600)
 

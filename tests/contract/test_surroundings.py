@@ -1,19 +1,23 @@
-"""The clock, the interfaces and DNS: what the program relies on, asked of the real ones."""
+"""Clock, interfaces, routing rules and DNS: what the program relies on, asked of the real ones."""
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
+from nodeagent import paths
 from nodeagent.adapters.clock import SystemClock
 from nodeagent.adapters.network import LocalNetwork
 from nodeagent.adapters.resolver import DnsResolver
 from nodeagent.errors import HostError
-from nodeagent.host import Interface
+from nodeagent.host import Interface, Rule
+from nodeagent.steps import guard
 from tests.contract.surroundings import Process, needs_root, own_network
 from tests.lab.host import LabError, run, wait_until
 
@@ -62,6 +66,104 @@ def test_the_host_name_is_short() -> None:
     name = LocalNetwork().hostname()
     assert name
     assert "." not in name
+
+
+# -- routing rules
+
+GUARD = (Path(__file__).parents[2] / "systemd" / paths.GUARD_UNIT).read_text("utf-8")
+
+
+def commands(key: str) -> list[list[str]]:
+    """What the guard's unit runs, as systemd takes its lines apart (systemd.service(5))."""
+    lines = re.findall(rf"^{key}=-?(.*)$", GUARD.replace("\\\n", " "), re.MULTILINE)
+    return [shlex.split(line.replace("$$", "$")) for line in lines]
+
+
+@pytest.mark.lab
+@needs_root
+def test_the_guards_unit_puts_up_its_rules_once_and_takes_them_down() -> None:
+    network = LocalNetwork()
+    with own_network():
+        before = network.rules()
+        assert before[0] == Rule(0, frozenset(), "lookup local")
+        for _ in range(2):
+            for words in commands("ExecStart"):
+                run(*words)
+            found = network.rules()
+            assert set(found) - set(before) == set(guard.WANTED)
+            assert len(found) == len(before) + len(guard.WANTED), "none of them twice"
+        for words in commands("ExecStop"):
+            run(*words)
+        assert network.rules() == before
+
+
+@pytest.mark.lab
+@needs_root
+def test_the_guards_unit_fails_when_the_kernel_refuses() -> None:
+    [words] = commands("ExecStart")
+    with own_network(), pytest.raises(LabError, match="Operation not permitted"):
+        run("setpriv", "--bounding-set=-net_admin", *words)
+
+
+@pytest.mark.lab
+@needs_root
+@pytest.mark.parametrize(
+    "words",
+    [
+        "from 10.0.0.0/8 to 169.254.169.254 prohibit",
+        "not to 169.254.169.254 prohibit",
+        "to 169.254.169.254 fwmark 1 prohibit",
+        "to 169.254.169.254 ipproto tcp dport 80 prohibit",
+        "to 169.254.169.0/24 prohibit",
+        "to 169.254.169.254 unreachable",
+        "to 169.254.169.254 lookup 100",
+    ],
+)
+def test_a_rule_that_is_not_quite_the_guards_is_told_apart(words: str) -> None:
+    with own_network():
+        before = LocalNetwork().rules()
+        run("ip", "rule", "add", "pref", "101", *words.split())
+        [found] = set(LocalNetwork().rules()) - set(before)
+    assert found.priority == 101
+    assert found not in guard.WANTED
+
+
+@pytest.mark.lab
+@needs_root
+def test_a_watch_wakes_for_each_rule_that_goes_and_for_none_that_comes() -> None:
+    wakes: list[None] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        LocalNetwork().watch_rules(lambda: wakes.append(None), stop)
+
+    with own_network():  # a thread begins where the one that starts it is
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        wait_until(lambda: len(wakes) == 1, 10, "the watch to begin")
+        for number in range(100, 105):
+            run("ip", "rule", "add", "pref", str(number), "prohibit")
+        run("ip", "rule", "delete", "pref", "100")
+        wait_until(lambda: len(wakes) > 1, 10, "the watch to wake")
+        stop.set()
+        run("ip", "rule", "delete", "pref", "101")
+        thread.join(10)
+    assert not thread.is_alive()
+    assert len(wakes) == 3
+
+
+@pytest.mark.parametrize(
+    "script", ["exit 1", "echo no", "echo '[{}]'", "echo 7", "echo '[7]'", "echo '[[]]'", None]
+)
+def test_an_ip_that_does_not_do_as_expected_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None
+) -> None:
+    if script is not None:
+        (tmp_path / "ip").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "ip").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(HostError, match="routing rules"):
+        LocalNetwork().rules()
 
 
 # -- DNS

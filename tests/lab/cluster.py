@@ -7,11 +7,13 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nodeagent import spec, userdata
+from nodeagent import paths, secrets, spec, userdata
+from nodeagent.adapters.pki import LocalPki
 from tests.lab import images
 from tests.lab.host import LabError, Waiting, wait_until
 from tests.lab.lab import Lab, Machine
@@ -53,7 +55,6 @@ def cluster_file(lab: Lab, **changes: object) -> dict[str, Any]:
         "address": "10.10.0.0/16",
         "join": list(SERVERS.values()),
         "datacenter": "lab",
-        "security": "off",
         "consul": {
             "image": CONSUL_IMAGE,
             "archive": lab.serve(consul, "consul.tar"),
@@ -64,8 +65,18 @@ def cluster_file(lab: Lab, **changes: object) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def server_secrets() -> secrets.ServerSecrets:
+    """The keys of all secured clusters of this run."""
+    return secrets.new(LocalPki(), time.time())
+
+
 def user_data(cluster: Mapping[str, Any], role: spec.Role) -> str:
-    return userdata.render(spec.parse(json.dumps(cluster), "cluster.yaml", spec.Cluster), role)
+    data = spec.parse(json.dumps(cluster), "cluster.yaml", spec.Cluster)
+    text = None
+    if data.is_secured:
+        text = userdata.secrets_text(data, role, server_secrets(), LocalPki(), time.time())
+    return userdata.render(data, role, text)
 
 
 def make(
@@ -136,9 +147,23 @@ def swarm_nodes(manager: Machine) -> dict[str, dict[str, str]]:
     return {row["Hostname"]: row for row in rows}
 
 
+def ask_consul(machine: Machine, path: str, *words: str) -> str:
+    """What Consul's API answers to the token of this machine's agent; `words` are curl's."""
+    token = json.loads(inside(machine, str(paths.CONSUL_TOKENS)).read_text("utf-8"))["token"]
+    url = f"http://127.0.0.1:8500/v1/{path}"
+    shown = f"X-Consul-Token: {token}\n"
+    return machine.run("curl", "-sSf", "-H", "@-", *words, url, input=shown).stdout
+
+
 def consul_kv(machine: Machine, key: str) -> str:
-    url = f"http://127.0.0.1:8500/v1/kv/nodeagent/demo/{key}?raw"
-    return machine.run("curl", "-sf", url).stdout
+    return ask_consul(machine, f"kv/nodeagent/demo/{key}?raw")
+
+
+def forget_token(server: Machine, name: str) -> None:
+    """Let a machine of this name ask for a token again, as a new one."""
+    for token in json.loads(ask_consul(server, "acl/tokens")):
+        if token["Description"].split()[2:4] == ["node", name]:
+            ask_consul(server, f"acl/token/{token['AccessorID']}", "-X", "DELETE")
 
 
 def consul_container(machine: Machine) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nodeagent import steps
 from nodeagent.report import MARKS
 from tests.lab import cluster, host, images
 from tests.lab.flavours import FLAVOURS
 from tests.lab.host import LabError, Waiting, wait_until
 from tests.lab.lab import Lab, Machine
 
-STEPS = ("identity", "consul", "engine", "quorum", "swarm", "services")
+STEPS = tuple(step.name for step in steps.STEPS)
 TIMEOUT_S = 300
 
 
@@ -85,11 +86,12 @@ class Screen:
             self._tell(nodes, elapsed_s)
 
     def _draw(self, nodes: Mapping[str, Mapping[str, Any]], elapsed_s: float) -> None:
-        lines = [f"{elapsed_s:6.1f} s  " + "".join(f"{step:9}" for step in STEPS)]
+        lines = [f"{elapsed_s:6.1f} s  {' '.join(STEPS)}"]
         for name, status in nodes.items():
-            steps = status.get("steps", {})
-            marks = "".join(f"{MARKS[steps.get(s, {}).get('state', 'held')]:9}" for s in STEPS)
-            lines.append(f"{name:9} {marks}")
+            seen = status.get("steps", {})
+            marks = {step: MARKS[seen.get(step, {}).get("state", "held")] for step in STEPS}
+            columns = " ".join(f"{mark:{len(step)}}" for step, mark in marks.items())
+            lines.append(f"{name:9} {columns}".rstrip())
             lines.append(f"          {_now(status)}"[:79])
         if self._drawn:
             self._out.write(f"\x1b[{self._drawn}A")
@@ -123,16 +125,17 @@ def _now(status: Mapping[str, Any]) -> str:
     return str(status["sentence"])
 
 
+def _times(machine: Machine) -> str:
+    seen = cluster.status(machine)["steps"]
+    return " ".join(f"{seen[step]['done_s']:{len(step)}.1f}" for step in STEPS)
+
+
 def summary(machines: list[Machine]) -> str:
     """The nodes as the Swarm lists them, and when each step was done after the agent's start."""
     listed = cluster.swarm_nodes(machines[0])
     lines = [
-        "done after s  " + "".join(f"{step:>9}" for step in STEPS),
-        *(
-            f"{machine.name:13} "
-            + "".join(f"{cluster.status(machine)['steps'][step]['done_s']:9.1f}" for step in STEPS)
-            for machine in machines
-        ),
+        f"done after s {' '.join(STEPS)}",
+        *(f"{machine.name:12} {_times(machine)}" for machine in machines),
         "",
         f"{'node':13} {'node id':27} {'status':8} manager",
         *(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from nodeagent import paths
 from nodeagent.errors import Exit
 from tests.lab import cluster, images
 from tests.lab.host import Waiting, wait_until
@@ -20,7 +21,6 @@ role: server
 servers: 1
 address: 10.10.0.31
 datacenter: lab
-security: off
 consul:
   image: {image}
   archive: {archive}
@@ -33,6 +33,16 @@ KEPT = (
     "-not -path /etc/nodeagent/node.yaml -not -path '/var/lib/nodeagent/engine/*' "
     "-not -path '/var/lib/nodeagent/consul/data/*' -printf '%p %i %T@ %s\\n' | sort"
 )
+# What stands there before Consul is looked at.
+FIRST = {
+    str(path)
+    for path in (
+        paths.CONSUL_AUTHORITIES,
+        paths.CONSUL_CERTIFICATE,
+        paths.CONSUL_KEYS,
+        paths.CONSUL_TOKENS,
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -112,8 +122,9 @@ def alone(booted: Alone) -> Alone:
         f"{SYSTEM_DOCKER} rm -f consul >/dev/null 2>&1 || true;"
         f"{SYSTEM_DOCKER} rmi -f {cluster.CONSUL_IMAGE} >/dev/null 2>&1 || true;"
         "systemctl disable --now nodeagent-engine.service 2>/dev/null;"
-        "cd /var/lib/nodeagent && rm -rf identity.json engine-options.json originals images "
-        "consul; rm -f /etc/docker/daemon.json /run/nodeagent/*; systemctl start docker.service",
+        "cd /var/lib/nodeagent && rm -rf identity.json node-token.json engine-options.json "
+        "originals images consul; rm -f /etc/docker/daemon.json /run/nodeagent/*;"
+        "systemctl start docker.service",
         timeout_s=90,
     )
     booted.spec(booted.good)
@@ -259,7 +270,8 @@ def test_a_consul_of_another_datacenter_is_here_already(alone: Alone, lab: Lab) 
         pid = machine.run("systemctl", "show", "-P", "MainPID", "theirs").stdout
         blocked(alone, "another Consul runs here already", "datacenter elsewhere", "disable")
         assert machine.run("systemctl", "show", "-P", "MainPID", "theirs").stdout == pid
-        assert machine.sh("ls -A /var/lib/nodeagent/consul 2>/dev/null || true") == ""
+        # Keys and certificates come first; of Consul itself there is nothing.
+        assert set(machine.sh(f"find {paths.CONSUL} -type f").splitlines()) == FIRST
     finally:
         machine.run("systemctl", "stop", "theirs")
 

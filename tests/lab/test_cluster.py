@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from nodeagent.steps import STEPS
 from tests.lab import cluster, images
 from tests.lab.host import Waiting, wait_until
 from tests.lab.lab import Lab, Machine
@@ -129,7 +130,7 @@ def test_apply_again_changes_nothing(four: list[Machine]) -> None:
         said = machine.run("nodeagent", "apply", timeout_s=60)
         assert said.stdout.strip().endswith("(0 changes made)")
         planned = json.loads(machine.run("nodeagent", "plan", "--json").stdout)
-        assert [step["changes"] for step in planned["steps"].values()] == [[]] * 6
+        assert [step["changes"] for step in planned["steps"].values()] == [[]] * len(STEPS)
         assert (owned_files(machine), engine_pid(machine), consul_pid(machine)) == before
 
 

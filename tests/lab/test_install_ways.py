@@ -84,10 +84,10 @@ def refused(machine: Machine) -> str:
 
 
 def assert_nothing_is_installed(machine: Machine) -> None:
-    staged = {
-        str(userdata.STAGE / name) for name in ("node.yaml", "bootstrap.json", "bootstrap.py")
-    }
+    names = ("node.yaml", "secrets.json", "bootstrap.json", "bootstrap.py")
+    staged = {str(userdata.STAGE / name) for name in names}
     assert set(machine.sh("find /opt/nodeagent -type f").splitlines()) == staged
+    assert machine.sh(f"stat -c %a {userdata.STAGE}/secrets.json") == "600"
     assert machine.sh("find /etc /usr/local /root /var/lib/nodeagent -name '*nodeagent*'") == (
         "/var/lib/nodeagent"
     )

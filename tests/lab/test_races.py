@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from nodeagent import paths
+from nodeagent.host import service_id
 from tests.lab import cluster
 from tests.lab.host import Waiting, wait_until
 from tests.lab.lab import Machine
@@ -38,11 +40,17 @@ def servers(four: list[Machine]) -> Iterator[list[Machine]]:
         "/etc/systemd/system/nodeagent.service.d/driver.conf;"
         "systemctl daemon-reload; systemctl start nodeagent",
     )
+    cluster.wait_ready(four[:3])
     for machine in four[3:]:
+        cluster.forget_token(four[0], machine.name)
         machine.boot()
         machine.wait_booted()
-        # Its Swarm is gone: a later issue lets a worker find that out by itself.
-        machine.sh("docker swarm leave --force >/dev/null 2>&1 || true")
+        # Its Swarm is gone: a later issue lets a worker find that out by itself. Its Consul may be
+        # gone too, and its token with it.
+        machine.sh(
+            f"docker swarm leave --force >/dev/null 2>&1 || true; rm {paths.NODE_TOKEN};"
+            "systemctl restart nodeagent"
+        )
     cluster.wait_ready(four)
 
 
@@ -57,12 +65,13 @@ def forget_the_swarm(machines: list[Machine]) -> None:
     on_all(
         machines,
         "systemctl stop nodeagent; docker swarm leave --force >/dev/null 2>&1 || true;"
-        "rm -f /run/driver/*; for s in nodeagent docker-engine swarm-manager; do curl -sf -X PUT "
-        "http://127.0.0.1:8500/v1/agent/service/deregister/nodeagent:$s || true; done",
+        "rm -f /run/driver/*",
     )
-    machines[0].run(
-        "curl", "-sf", "-X", "DELETE", "http://127.0.0.1:8500/v1/kv/nodeagent/?recurse=true"
-    )
+    for machine in machines:
+        for service in ("nodeagent", "docker-engine", "swarm-manager"):
+            id_ = service_id(service)
+            cluster.ask_consul(machine, f"agent/service/deregister/{id_}", "-X", "PUT")
+    cluster.ask_consul(machines[0], "kv/nodeagent/?recurse=true", "-X", "DELETE")
 
 
 def forget_everything(machines: list[Machine]) -> None:
@@ -73,8 +82,8 @@ def forget_everything(machines: list[Machine]) -> None:
         f"{SYSTEM_DOCKER} rm -f consul >/dev/null 2>&1 || true;"
         f"{SYSTEM_DOCKER} rmi -f {cluster.CONSUL_IMAGE} >/dev/null 2>&1 || true;"
         "systemctl disable --now nodeagent-engine.service 2>/dev/null;"
-        "cd /var/lib/nodeagent && rm -rf identity.json engine-options.json originals images "
-        "consul; rm -f /etc/docker/daemon.json /run/driver/* /run/nodeagent/*;"
+        "cd /var/lib/nodeagent && rm -rf identity.json node-token.json engine-options.json "
+        "originals images consul; rm -f /etc/docker/daemon.json /run/driver/* /run/nodeagent/*;"
         "systemctl reset-failed docker.service docker.socket; systemctl restart docker.service",
     )
 

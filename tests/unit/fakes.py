@@ -8,16 +8,23 @@ a test moves it, and nothing happens in the background.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
+import json
+import re
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nodeagent import paths
-from nodeagent.errors import HostError
+from nodeagent import paths, secrets
+from nodeagent.adapters.pki import LocalPki
+from nodeagent.errors import HostError, Secret
 from nodeagent.host import (
+    SERVICE_ID_PREFIX,
+    Certificate,
     ConsulSelf,
     Container,
     ContainerState,
@@ -25,13 +32,20 @@ from nodeagent.host import (
     Entry,
     Host,
     Interface,
+    KeyringAction,
     Member,
     Op,
+    Policy,
+    Rule,
     Service,
     SwarmInfo,
+    Token,
     Unit,
 )
+from nodeagent.secrets import ServerSecrets, WorkerSecrets
 from nodeagent.spec import Spec, parse
+from nodeagent.steps import guard
+from nodeagent.steps.access import ANONYMOUS, MANAGEMENT, MASTER
 
 
 def make_spec(role: str = "server", **changes: object) -> Spec:
@@ -42,45 +56,88 @@ def make_spec(role: str = "server", **changes: object) -> Spec:
         "servers": 3,
         "address": "10.10.0.0/16",
         "join": "[10.10.0.11, 10.10.0.12, 10.10.0.13]",
-        "security": "off",
         **changes,
     }
     return parse("".join(f"{key}: {value}\n" for key, value in lines.items()), "test", Spec)
 
 
+NOW = 1_700_000_000.0
+
+
 class FakeFiles:
     """A file system that is a dictionary. `/run` is what `forget_run` forgets.
 
-    Directories are there as long as something is in them.
+    Directories are there as long as something is in them, or once they were made.
     """
 
     def __init__(self, texts: Mapping[Path, str] | None = None) -> None:
         self.texts: dict[Path, str] = dict(texts or {})
         self.modes: dict[Path, int] = {}
+        self.links: dict[Path, Path] = {}
+        self.directories: set[Path] = set()
         self.held: set[Path] = set()
 
+    def _real(self, path: Path) -> Path:
+        """Where a link leads to; links of directories are none of this world's."""
+        while path in self.links:
+            path = path.parent / self.links[path]
+        return path
+
     def _is_directory(self, path: Path) -> bool:
-        return any(path in each.parents for each in self.texts)
+        return any(path in (each, *each.parents) for each in self.directories) or any(
+            path in each.parents for each in (*self.texts, *self.links)
+        )
 
     def _need_no_directory(self, operation: str, path: Path) -> None:
         if self._is_directory(path):
             raise HostError(operation, path, "Is a directory")
 
     def read(self, path: Path) -> str | None:
+        path = self._real(path)
         self._need_no_directory("read", path)
         return self.texts.get(path)
 
     def write(self, path: Path, text: str, mode: int | None) -> None:
+        path = self._real(path)
         self._need_no_directory("write", path)
         self.texts[path] = text
         self.modes[path] = self.modes.get(path, 0o644) if mode is None else mode
 
     def remove(self, path: Path) -> None:
         self._need_no_directory("remove", path)
-        self.texts.pop(path, None)
+        if self.links.pop(path, None) is None:
+            self.texts.pop(path, None)
+            self.modes.pop(path, None)
 
     def exists(self, path: Path) -> bool:
+        path = self._real(path)
         return path in self.texts or self._is_directory(path)
+
+    def is_private(self, path: Path) -> bool:
+        path = self._real(path)
+        return path in self.texts and not self.modes.get(path, 0o644) & 0o077
+
+    def make_private_directory(self, path: Path) -> None:
+        if self._real(path) in self.texts:
+            raise HostError("make the directory", path, "File exists")
+        self.directories.add(path)
+
+    def link(self, path: Path, target: Path) -> None:
+        self._need_no_directory("link", path)
+        self.remove(path)
+        self.links[path] = target
+
+    def copy_tree(self, source: Path, target: Path) -> None:
+        if not self._is_directory(source):
+            raise HostError("copy", source, "No such file or directory")
+        if self.exists(target):
+            raise HostError("copy", source, "Directory not empty")
+        self.directories.add(target)
+        for path in [path for path in self.texts if source in path.parents]:
+            self.write(target / path.relative_to(source), self.texts[path], self.modes.get(path))
+
+    def compile(self, directory: Path) -> None:
+        pass
 
     @contextlib.contextmanager
     def try_lock(self, path: Path) -> Iterator[bool]:
@@ -128,6 +185,7 @@ class Swarm:
     managers: set[str] = field(default_factory=set)
     workers: set[str] = field(default_factory=set)
     services: int = 0
+    rotations: int = 0  # of the join tokens
     gone: int = 0  # nodes that left; a Swarm lists them as down until somebody removes them
 
     @property
@@ -136,13 +194,51 @@ class Swarm:
 
     @property
     def tokens(self) -> tuple[str, str]:
-        return f"SWMTKN-1-{self.id}-worker", f"SWMTKN-1-{self.id}-manager"
+        name = f"SWMTKN-1-{self.id}-{self.rotations}"
+        return f"{name}-worker", f"{name}-manager"
+
+
+class RememberingPki(LocalPki):
+    """The real one, which computes an answer once: tests ask the same thousands of times."""
+
+    @functools.cache  # noqa: B019 - there is one of it
+    def derive(self, seed: Secret, purpose: str, size_bytes: int = 32) -> bytes:
+        return super().derive(seed, purpose, size_bytes)
+
+    @functools.cache  # noqa: B019
+    def certificates(self, pem: str) -> tuple[Certificate, ...]:
+        return super().certificates(pem)
+
+    @functools.cache  # noqa: B019
+    def matches(self, seed: Secret, authority: str) -> bool:
+        return super().matches(seed, authority)
+
+    @functools.cache  # noqa: B019
+    def is_signed(self, certificate: str, authority: str) -> bool:
+        return super().is_signed(certificate, authority)
+
+
+PKI = RememberingPki()
+
+
+@functools.cache
+def server_secrets() -> ServerSecrets:
+    """The secrets of every cluster of these tests, as it is made."""
+    return secrets.new(PKI, NOW)
+
+
+@functools.cache
+def worker_secrets() -> WorkerSecrets:
+    return secrets.for_workers(server_secrets(), make_spec(), PKI, NOW)
 
 
 class World:
-    """What nodes share: Consul's store, and the Swarms there are."""
+    """What nodes share: Consul's store and tokens, and the Swarms there are."""
 
     def __init__(self) -> None:
+        self.policies: dict[str, Policy] = {}
+        self.tokens: dict[str, Token] = {ANONYMOUS: Token(ANONYMOUS, (), "Anonymous Token")}
+        self.gossip_keys: list[str] = []  # the first is in use
         self.machines: dict[str, Machine] = {}
         self.swarms: dict[str, Swarm] = {}
         self.kv: dict[str, Entry] = {}
@@ -167,6 +263,11 @@ class World:
         if len(up) < needed:
             return ""
         self.bootstrapped = True
+        master = up[0].consul.loaded_tokens.get("master", "")
+        if master and all(t.secret != Secret(master) for t in self.tokens.values()):
+            accessor = str(uuid.uuid5(uuid.NAMESPACE_OID, str(next(self.ids))))
+            made = Token(accessor, (MANAGEMENT,), MASTER[0], Secret(master))
+            self.tokens[accessor] = made
         return f"{up[0].address}:8300"
 
     def end_session(self, session: str) -> None:
@@ -188,6 +289,141 @@ class FakeConsul:
         self.machine, self.world = machine, machine.world
         self.registered: dict[str, Service] = {}
         self.vouched: dict[str, bool] = {}
+        self.loaded: dict[Path, str] = {}  # the files that a start or a reload reads
+        self.reloads = 0
+        self.unknown: dict[str, float] = {}  # tokens that a worker remembers as unknown, and since
+
+    def load(self) -> None:
+        """Read keys and tokens, as a start or a reload does."""
+        if not self.machine.spec.is_secured:
+            return
+        names = (paths.CONSUL_KEYS, paths.CONSUL_AUTHORITIES, paths.CONSUL_CERTIFICATE)
+        self.loaded = {path: self.machine.files.texts[path] for path in names}
+        if not self.world.gossip_keys:
+            self.world.gossip_keys.append(json.loads(self.loaded[paths.CONSUL_KEYS])["encrypt"])
+
+    @property
+    def loaded_tokens(self) -> Mapping[str, str]:
+        found = json.loads(self.loaded.get(paths.CONSUL_KEYS, '{"acl": {"tokens": {}}}'))
+        tokens: Mapping[str, str] = found["acl"]["tokens"]
+        return tokens
+
+    def _shown(self, name: str) -> str:
+        return str(json.loads(self.machine.files.texts[paths.CONSUL_TOKENS])[name])
+
+    def _need_recovery(self) -> None:
+        self._need_up()
+        if self.machine.spec.is_secured and self._shown("recovery") != self.loaded_tokens.get(
+            "agent_master"
+        ):
+            raise HostError("ask", "Consul", "403 Permission denied")
+
+    def _rules(self) -> tuple[tuple[str, str, str], ...] | None:
+        """What the token shown allows; None: everything."""
+        self._need_leader()
+        if not self.machine.spec.is_secured:
+            return None
+        shown = self._shown("token")
+        found = [t for t in self.world.tokens.values() if t.secret == Secret(shown)]
+        is_remembered = self.machine.clock.now() - self.unknown.get(shown, float("-inf")) < 30
+        if not found or is_remembered:
+            if not self.machine.spec.is_server and not is_remembered:
+                self.unknown[shown] = self.machine.clock.now()
+            raise HostError("ask", "Consul", "403 ACL not found")
+        if MANAGEMENT in found[0].policies:
+            return None
+        policies = (self.world.policies[name] for name in found[0].policies)
+        return tuple(rule for policy in policies for rule in policy.rules)
+
+    def _may(self, rules: tuple[tuple[str, str, str], ...] | None, of: str, level: str) -> bool:
+        """Whether these rules allow this with `of`, which is `key:NAME` or `service:NAME`."""
+        if rules is None:
+            return True
+        kind, _, name = of.partition(":")
+        levels = [
+            allowed
+            for rule, target, allowed in rules
+            if (rule == kind and target == name)
+            or (rule == f"{kind}_prefix" and name.startswith(target))
+        ]
+        return level in levels or (level == "read" and "write" in levels)
+
+    def _need(self, of: str, level: str) -> None:
+        if not self._may(self._rules(), of, level):
+            raise HostError("ask", "Consul", "403 Permission denied")
+
+    def _need_management(self) -> None:
+        if self._rules() is not None:
+            raise HostError("ask", "Consul", "403 Permission denied")
+
+    def reload(self) -> None:
+        self._need_recovery()
+        try:
+            PKI.certificates(self.machine.files.texts.get(paths.CONSUL_CERTIFICATE, ""))
+        except HostError as error:
+            if self.machine.spec.is_secured:
+                raise HostError("reload", "Consul", "500 Failed reloading tls") from error
+        self.load()
+        self.reloads += 1
+
+    def knows_token(self) -> bool:
+        try:
+            self._rules()
+        except HostError as error:
+            if "ACL not found" not in str(error):
+                raise
+            return False
+        return True
+
+    def policies(self) -> Mapping[str, str]:
+        self._need_management()
+        return {name: policy.digest for name, policy in self.world.policies.items()}
+
+    def put_policy(self, policy: Policy) -> None:
+        self._need_management()
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", policy.name):
+            raise HostError("set", "an access policy", "500 Invalid Policy: invalid Name")
+        self.world.policies[policy.name] = policy
+
+    def tokens(self) -> Mapping[str, Token]:
+        self._need_management()
+        return {name: replace(token, secret=None) for name, token in self.world.tokens.items()}
+
+    def put_token(self, token: Token) -> None:
+        self._need_management()
+        old = self.world.tokens.get(token.accessor)
+        others = [t for t in self.world.tokens.values() if t.accessor != token.accessor]
+        operation = f"set the token for {token.description} of"
+        if set(token.policies) - {*self.world.policies, MANAGEMENT}:
+            raise HostError(operation, "Consul", "500 No such ACL policy")
+        if any(t.secret == token.secret for t in others if token.secret):
+            raise HostError(operation, "Consul", "500 Invalid Token: SecretID is already in use")
+        if not all(_is_uuid(each) for each in (token.accessor, token.secret) if each):
+            raise HostError(operation, "Consul", "500 Invalid Token: not a valid UUID")
+        secret = old.secret if old else token.secret
+        self.world.tokens[token.accessor] = replace(token, secret=secret)
+
+    def delete_token(self, accessor: str) -> None:
+        self._need_management()
+        self.world.tokens.pop(accessor, None)
+
+    def change_keyring(self, action: KeyringAction, key: Secret) -> None:
+        self._need_management()
+        if not self.machine.spec.is_server:
+            raise HostError(action, "a gossip key", "500 must run against a server node")
+        keys, value = self.world.gossip_keys, key.reveal()
+        if action == "install":
+            if value not in keys:
+                keys.append(value)
+        elif action == "use":
+            if value not in keys:
+                raise HostError(action, "a gossip key", "500 Requested key is not in the keyring")
+            keys.remove(value)
+            keys.insert(0, value)
+        elif keys[:1] == [value]:
+            raise HostError(action, "a gossip key", "500 Removing the primary key is not allowed")
+        elif value in keys:  # to remove what is gone is no error
+            keys.remove(value)
 
     def _need_up(self) -> None:
         if not self.machine.consul_is_up:
@@ -201,6 +437,7 @@ class FakeConsul:
     def self(self) -> ConsulSelf | None:
         if not self.machine.consul_is_up:
             return None
+        self._need_recovery()
         spec = self.machine.spec
         return ConsulSelf(
             self.machine.name, spec.datacenter, spec.is_server, self.machine.address, "1.21.0"
@@ -211,23 +448,50 @@ class FakeConsul:
         return self.world.leader()
 
     def members(self) -> tuple[Member, ...]:
-        self._need_up()
+        self._need_recovery()
         return tuple(
             Member(m.name, m.address, m.consul_is_up, m.spec.is_server)
             for m in self.world.machines.values()
         )
 
     def join(self, address: str) -> None:
-        self._need_up()
+        self._need_recovery()
         if not any(m.address == address and m.consul_is_up for m in self.world.machines.values()):
             raise HostError(f"join {address} to", "Consul", "500 connection refused")
 
+    def voters(self) -> tuple[str, ...]:
+        self._need_management()
+        return tuple(m.name for m in self.world.machines.values() if m.spec.is_server)
+
+    def knock(self, address: str) -> str:
+        return ""
+
+    def greet(self, address: str, name: str) -> str:
+        servers = {m.address: m for m in self.world.machines.values() if m.spec.is_server}
+        there = servers.get(address)
+        if there is None or not there.consul_is_up:
+            return ""
+        files, shown = self.machine.files.texts, there.consul.loaded
+        certificate = shown[paths.CONSUL_CERTIFICATE]
+        if not _is_trusted(certificate, files[paths.CONSUL_AUTHORITIES]):
+            return "its certificate is refused here: unable to get local issuer certificate"
+        if name not in PKI.certificates(certificate)[0].names:
+            return f"its certificate is refused here: Hostname mismatch, it is not valid for {name}"
+        if not _is_trusted(files[paths.CONSUL_CERTIFICATE], shown[paths.CONSUL_AUTHORITIES]):
+            return "it refuses this node's certificate: TLSV1_ALERT_UNKNOWN_CA"
+        return ""
+
     def get(self, prefix: str) -> Mapping[str, Entry]:
-        self._need_leader()
-        return {key: entry for key, entry in self.world.kv.items() if key.startswith(prefix)}
+        rules = self._rules()
+        return {
+            key: entry
+            for key, entry in self.world.kv.items()
+            if key.startswith(prefix) and self._may(rules, f"key:{key}", "read")
+        }
 
     def transact(self, *ops: Op) -> bool:
-        self._need_leader()
+        for op in ops:
+            self._need(f"key:{op.key}", "read" if op.verb.startswith("check") else "write")
         kv = self.world.kv
         for op in ops:
             entry = kv.get(op.key)
@@ -249,7 +513,7 @@ class FakeConsul:
         return True
 
     def create_session(self, name: str, ttl_s: int) -> str:
-        self._need_leader()
+        self._need(f"session:{self.machine.name}", "write")
         assert ttl_s >= 10, "Consul's minimum"
         session = f"session-{next(self.world.ids)}"
         self.world.sessions[session] = self.machine.name
@@ -257,39 +521,50 @@ class FakeConsul:
 
     def renew_session(self, session: str) -> bool:
         self._need_leader()
-        return session in self.world.sessions
+        if session not in self.world.sessions:
+            return False
+        self._need(f"session:{self.world.sessions[session]}", "write")
+        return True
 
     def destroy_session(self, session: str) -> None:
         self._need_leader()
+        if session in self.world.sessions:
+            self._need(f"session:{self.world.sessions[session]}", "write")
         self.world.end_session(session)
 
     def instances(self, service: str) -> Mapping[str, bool]:
-        self._need_leader()
+        rules = self._rules()
+        if not self._may(rules, f"service:{service}", "read"):
+            return {}
         return {
             f"{m.address}:{found.port}": m.consul_is_up and m.consul._passes(found)
             for m in self.world.machines.values()
             for found in m.consul.registered.values()
-            if found.name == service
+            if found.name == service and self._may(rules, f"node:{m.name}", "read")
         }
 
     def _passes(self, service: Service) -> bool:
         return self.machine.engine_is_up if service.tcp else self.vouched.get(service.id, True)
 
     def services(self) -> Mapping[str, Service]:
-        self._need_up()
-        return dict(self.registered)
+        rules = self._rules()
+        return {
+            id_: service
+            for id_, service in self.registered.items()
+            if self._may(rules, f"service:{service.name}", "read")
+        }
 
     def register(self, service: Service) -> None:
-        self._need_up()
+        self._need(f"service:{service.name}", "write")
         self.registered[service.id] = service  # its check stays as it was vouched for
 
     def deregister(self, service_id: str) -> None:
-        self._need_up()
+        self._need(f"service:{service_id.removeprefix(SERVICE_ID_PREFIX)}", "write")
         self.registered.pop(service_id, None)
         self.vouched.pop(service_id, None)
 
     def vouch(self, service_id: str, passing: bool, note: str) -> None:
-        self._need_up()
+        self._need(f"service:{service_id.removeprefix(SERVICE_ID_PREFIX)}", "write")
         service = self.registered.get(service_id)
         if service is None or not service.ttl_s:
             raise HostError(f"vouch for {service_id} in", "Consul", "500 has no TTL check")
@@ -297,6 +572,18 @@ class FakeConsul:
 
     def watch(self, prefix: str, wake: Callable[[], None], stop: threading.Event) -> None:
         raise AssertionError("not in this world")
+
+
+def _is_uuid(value: str | Secret) -> bool:
+    text = value.reveal() if isinstance(value, Secret) else value
+    return bool(re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text))
+
+
+def _is_trusted(certificate: str, authorities: str) -> bool:
+    """Whether one of these CAs has signed it."""
+    end = "-----END CERTIFICATE-----\n"
+    each = [f"{text}{end}" for text in authorities.split(end)[:-1]]
+    return any(PKI.is_signed(certificate, authority) for authority in each)
 
 
 class FakeEngine:
@@ -345,6 +632,9 @@ class FakeEngine:
 
     def swarm_tokens(self) -> tuple[str, str]:
         return self._managed().tokens
+
+    def swarm_rotate_tokens(self) -> None:
+        self._managed().rotations += 1
 
     def swarm_is_bare(self) -> bool:
         swarm = self._managed()
@@ -439,6 +729,7 @@ class FakeSystemEngine:
         if container.image not in self.images:
             raise HostError("run", container.name, f"no image {container.image}")
         self.containers[container.name] = ContainerState(container.definition, "running")
+        self.machine.consul.load()
         self.runs += 1
 
     def start_container(self, name: str) -> None:
@@ -446,6 +737,12 @@ class FakeSystemEngine:
         if name not in self.containers:
             raise HostError("start", name, "no such container")
         self.containers[name] = replace(self.containers[name], status="running")
+        self.machine.consul.load()
+
+    def execute(self, container: str, *command: str) -> None:
+        self._need_up()
+        if self.machine.refuses and "validate" in command:
+            raise HostError("run consul validate in", "the System Engine", self.machine.refuses)
 
 
 class FakeSystemd:
@@ -457,6 +754,7 @@ class FakeSystemd:
             paths.ENGINE_UNIT: Unit("loaded", "active", "run-0", "enabled"),
             paths.SYSTEM_ENGINE_UNIT: Unit("loaded", "inactive", "", "disabled"),
             paths.CONSUL_UNIT: Unit("loaded", "inactive", "", "disabled"),
+            paths.GUARD_UNIT: Unit("loaded", "inactive", "", "disabled"),
         }
         self.failing: dict[str, tuple[str, ...]] = {}  # units that fail, and what they say then
         self.told: list[dict[str, str]] = []
@@ -485,6 +783,8 @@ class FakeSystemd:
             )
             raise HostError("run systemctl start for", name, f"Job for {name} failed")
         self.units[name] = replace(unit, active="active", invocation=invocation, result="success")
+        if name == paths.GUARD_UNIT:
+            self.machine.network.present = guard.WANTED
 
     def start_soon(self, name: str) -> None:
         with contextlib.suppress(HostError):
@@ -498,12 +798,18 @@ class FakeSystemd:
     def stop(self, name: str) -> None:
         unit = self._known("stop", name)
         self.units[name] = replace(unit, active="inactive")
+        if name == paths.GUARD_UNIT:
+            self.machine.network.present = ()
 
     def enable(self, name: str) -> None:
         self.units[name] = replace(self._known("enable", name), enabled="enabled")
 
     def reload(self) -> None:
         pass
+
+    def execute(self, *command: str) -> None:
+        if self.machine.refuses and "validate" in command:
+            raise HostError("run", command[0], self.machine.refuses)
 
     def last_lines(self, name: str, count: int) -> tuple[str, ...]:
         return self.failing.get(name, ())[-count:]
@@ -522,6 +828,9 @@ class FakeResolver:
 
     def consul_servers(self, domain: str) -> tuple[str, ...]:
         machines = self.machine.world.machines.values()
+        anonymous = self.machine.world.tokens[ANONYMOUS]
+        if self.machine.spec.is_secured and not anonymous.policies:
+            return ()  # NXDOMAIN is what Consul says to whom it may tell nothing
         return tuple(m.name for m in machines if m.spec.is_server and m.consul_is_up)
 
     def addresses(self, name: str) -> tuple[str, ...]:
@@ -531,6 +840,7 @@ class FakeResolver:
 class FakeNetwork:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
+        self.present: tuple[Rule, ...] = ()  # what the guard's unit puts up
 
     def interfaces(self) -> tuple[Interface, ...]:
         own = Interface("eth1", f"{self.machine.address}/16")
@@ -538,6 +848,12 @@ class FakeNetwork:
 
     def hostname(self) -> str:
         return self.machine.name
+
+    def rules(self) -> tuple[Rule, ...]:
+        return self.present
+
+    def watch_rules(self, wake: Callable[[], None], stop: threading.Event) -> None:
+        raise AssertionError("not in this world")
 
 
 class FakeClock:
@@ -548,7 +864,7 @@ class FakeClock:
         self.on_wait: Callable[[], None] = lambda: None
 
     def now(self) -> float:
-        return self.t
+        return NOW + self.t
 
     def monotonic(self) -> float:
         return self.t
@@ -568,11 +884,17 @@ class Machine:
     def __init__(self, world: World, spec: Spec, name: str, address: str) -> None:
         self.world, self.spec, self.name, self.address = world, spec, name, address
         self.files = FakeFiles({paths.MACHINE_ID: f"machine-id-of-{name}\n"})
+        self.is_off = False
+        self.refuses = ""  # what Consul says of every configuration it is shown
+        if spec.is_secured:
+            own = server_secrets() if spec.is_server else worker_secrets()
+            self.files.write(paths.SECRETS, secrets.dump(own).reveal(), 0o600)
         self.systemd = FakeSystemd(self)
         self.engine = FakeEngine(self)
         self.system_engine = FakeSystemEngine(self)
         self.consul = FakeConsul(self)
         self.resolver = FakeResolver(self)
+        self.network = FakeNetwork(self)
         self.clock = FakeClock()
         self.host = Host(
             files=self.files,
@@ -582,7 +904,8 @@ class Machine:
             system_engine=self.system_engine,
             consul=self.consul,
             resolver=self.resolver,
-            network=FakeNetwork(self),
+            network=self.network,
+            pki=PKI,
             clock=self.clock,
         )
 
@@ -597,7 +920,9 @@ class Machine:
 
     def lose_power(self) -> None:
         """Everything that is not on disk is gone; the machine is off."""
+        self.is_off = True
         self.files.forget_run()
+        self.network.present = ()
         self.world.end_sessions_of(self.name)
         for name, unit in self.systemd.units.items():
             self.systemd.units[name] = replace(unit, active="inactive")
@@ -606,6 +931,7 @@ class Machine:
 
     def boot(self) -> None:
         """Units that are enabled start, and with the System Engine its containers."""
+        self.is_off = False
         for name, unit in list(self.systemd.units.items()):
             if unit.enabled == "enabled":
                 self.systemd.start(name)

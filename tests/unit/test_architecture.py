@@ -20,14 +20,17 @@ from nodeagent import changes
 from nodeagent.changes import Change
 from nodeagent.converge import preview, run_cycle
 from nodeagent.errors import Secret
-from nodeagent.host import Container, Service
+from nodeagent.host import Container, Policy, Service, Token
 from nodeagent.plan import change
+from nodeagent.secrets import NodeTokens, Request, ServerSecrets
+from nodeagent.spec import Spec
 from nodeagent.steps import STEPS, swarm
 from tests.unit.fakes import World, make_spec
 
 ROOT = Path(__file__).parents[2]
 PRODUCT = ROOT / "nodeagent"
-MOST_LINES = 4000  # STYLE: the budget for everything
+# The house's aim is 4,000 lines for everything; what made it more is in docs/decisions/0008.
+MOST_LINES = 5500
 RUFF = Path(sys.executable).with_name("ruff")
 MODULES = sorted(PRODUCT.rglob("*.py"))
 
@@ -71,6 +74,116 @@ def test_only_adapters_import_the_outside(line: str) -> None:
 def test_a_sleep_by_any_name_is_seen() -> None:
     probe = '"""Probe."""\n\nimport time\n\ntime.sleep(1)\n'
     assert "TID251" in ruff(probe, "nodeagent/daemon_probe.py")
+
+
+# Methods that only a path has, and that change what is on the disk or open it.
+ON_DISK = {
+    *(
+        "write_text",
+        "write_bytes",
+        "mkdir",
+        "rmdir",
+        "touch",
+        "unlink",
+        "rename",
+        "chmod",
+        "lchmod",
+    ),
+    *("symlink_to", "hardlink_to", "open", "copy_into", "move"),
+}
+OF_OS = {
+    *("remove", "removedirs", "makedirs", "mkfifo", "replace", "renames", "link", "symlink"),
+    *("truncate", "utime", "chown", "lchown", "fchown", "fchmod"),
+}
+OF_SHUTIL = {"get_terminal_size", "which"}  # look, and change nothing
+WRITERS = ("compileall", "fileinput", "shutil", "tempfile")
+
+
+def touches_the_disk(text: str) -> list[str]:
+    """What in a module's text reaches for the file system by itself.
+
+    Of `replace`, a path's takes one argument and a text's two; dataclasses.replace takes names.
+    """
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found += [name.name for name in node.names if name.name in (set(WRITERS) - {"shutil"})]
+        elif isinstance(node, ast.ImportFrom) and node.module in ("os", *WRITERS):
+            found.append(f"from {node.module}")
+        elif isinstance(node, ast.Attribute):
+            name, of = node.attr, ast.unparse(node.value)
+            is_looking = (of, name) == ("os", "open") or (of == "shutil" and name in OF_SHUTIL)
+            if (name in ON_DISK or of == "shutil") and not is_looking:
+                found.append(f"{of}.{name}")
+            if of == "os" and name in OF_OS:
+                found.append(f"{of}.{name}")
+        elif isinstance(node, ast.Call):
+            called, one = ast.unparse(node.func), len(node.args) == 1 and not node.keywords
+            if called == "open" or (one and called.endswith(".replace")):
+                found.append(called)
+    return found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "path.write_text('')",
+        "Path('/a').write_bytes(b'')",
+        "path.parent.mkdir(parents=True)",
+        "path.symlink_to(other)",
+        "path.rename(other)",
+        "path.replace(other)",
+        "path.with_name('.new').replace(path)",
+        "path.unlink()",
+        "each = map(Path.unlink, all)",
+        "path.open('w')",
+        "path.open()",
+        "open('/a')",
+        "os.replace('a', 'b')",
+        "os.makedirs('a')",
+        "os.unlink('a')",
+        "os.mkdir('a')",
+        "import shutil; shutil.rmtree('a')",
+        "import shutil; remove = shutil.rmtree",
+        "from shutil import rmtree",
+        "from os import replace",
+        "import compileall",
+        "import tempfile",
+    ],
+)
+def test_what_touches_the_disk_is_seen(line: str) -> None:
+    assert len(touches_the_disk(line)) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "text.replace('a', 'b')",
+        "dataclasses.replace(spec, servers=1)",
+        "replace(spec, servers=1)",
+        "now.replace(tzinfo=utc)",
+        "host.files.write(path, '', None)",
+        "host.files.remove(path)",
+        "host.files.link(path, other)",
+        "os.open(os.devnull, os.O_WRONLY)",
+        "shutil.get_terminal_size()",
+        "path.with_name('a')",
+    ],
+)
+def test_what_does_not_touch_the_disk_may_stay(line: str) -> None:
+    assert touches_the_disk(line) == []
+
+
+def test_only_adapters_touch_the_disk() -> None:
+    """Where ruff's rule of imports sees nothing, for pathlib is for naming files, too."""
+    found = {
+        str(path.relative_to(PRODUCT)): touches_the_disk(path.read_text())
+        for path in MODULES
+        if path.parent.name != "adapters"
+    }
+    # Reads, and nothing else: with its own limit of size, and an error for each way it can fail.
+    assert found.pop("spec.py") == ["path.open"]
+    assert {name: calls for name, calls in found.items() if calls} == {}
 
 
 def test_only_the_clock_waits() -> None:
@@ -119,7 +232,10 @@ def test_every_module_says_what_it_is() -> None:
 
 def test_steps_stand_in_order_and_what_they_require_comes_first() -> None:
     names = [step.name for step in STEPS]
-    assert names == ["identity", "consul", "engine", "quorum", "swarm", "services"]
+    assert names == [
+        *("identity", "secrets", "consul", "engine"),
+        *("quorum", "guard", "access", "swarm", "services"),
+    ]
     for position, step in enumerate(STEPS):
         assert set(step.requires) <= set(names[:position]), step.name
 
@@ -139,6 +255,12 @@ SAMPLES: dict[type, object] = {
     Secret: Secret(CANARY),
     Container: Container("consul", "image:1", ("consul",), ("agent",), (), "ab"),
     Service: Service("nodeagent", 0, (), {}),
+    Policy: Policy("nodeagent-demo-worker", (("key", "a", "read"),)),
+    Token: Token("accessor", ("policy",), "worker1", Secret(CANARY)),
+    Request: Request("id", "generation", "sealed"),
+    NodeTokens: NodeTokens(Secret(CANARY), {"generation": Secret(CANARY)}),
+    ServerSecrets: ServerSecrets(Secret(CANARY), ("PEM",), {"ca": (Secret(CANARY),)}),
+    Spec: make_spec(),
 }
 
 
@@ -156,7 +278,7 @@ def every_change() -> list[Change]:
 
 
 def sample(name: str, hint: Any) -> object:
-    if name == "text":
+    if name == "text" and hint is str:
         return f"secret: {CANARY}\n"
     if typing.get_origin(hint) is tuple:
         return ("10.10.0.12:2377", "10.10.0.13:2377")
@@ -210,6 +332,7 @@ def test_join_tokens_are_shown_nowhere_on_the_way() -> None:
             assert "SWMTKN" not in repr(preview(worker_spec, worker.host, STEPS))
         made.apply(worker.host)
 
-    for _ in range(3):
+    for _ in range(6):  # it asks for a token of its own, and the server has to answer
         run_cycle(worker_spec, worker.host, STEPS, lambda _: None, look)
+        run_cycle(spec, first.host, STEPS, lambda _: None)
     assert joins == 1

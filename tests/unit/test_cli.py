@@ -8,14 +8,17 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nodeagent import __version__, cli, paths
+from nodeagent import __version__, cli, install, paths, secrets
 from nodeagent.adapters import node
+from nodeagent.adapters.files import LocalFiles
+from nodeagent.adapters.pki import LocalPki
 from nodeagent.cli import main
 from nodeagent.converge import Cycle, StepResult
 from nodeagent.errors import Exit, HostError
@@ -34,7 +37,11 @@ address: 10.10.0.0/16
 join: []
 security: off
 """
-VERBS = ["run", "apply", "plan", "status", "install", "user-data", "validate", "schema"]
+SECURED = SPEC.replace("role: server\n", "").replace("[]\nsecurity: off", "[10.10.0.11]")
+VERBS = [
+    *("run", "apply", "plan", "status", "install", "secrets", "secrets new"),
+    *("secrets rotate", "secrets forget", "user-data", "validate", "schema"),
+]
 HEAVY = ("docker", "consul", "requests", "dns", "psutil", "cryptography")
 Out = pytest.CaptureFixture[str]
 
@@ -58,7 +65,7 @@ def spec(tmp_path: Path) -> Path:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine of the fakes' world, as the one the command runs on, by root."""
-    found = World().machine(make_spec(servers=1, join="[]"), "10.10.0.11")
+    found = World().machine(make_spec(servers=1, join="[]", security="off"), "10.10.0.11")
 
     def this_machine() -> Host:
         return found.host
@@ -76,8 +83,6 @@ def run_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def write_status(results: list[StepResult]) -> None:
-    from nodeagent.adapters.files import LocalFiles
-
     files = LocalFiles()
     names = [step.name for step in STEPS]
     status = StatusFile(files, FakeClock(), 1, "server11", names, {"security": "off"})
@@ -87,8 +92,6 @@ def write_status(results: list[StepResult]) -> None:
 
 
 def alive() -> Any:
-    from nodeagent.adapters.files import LocalFiles
-
     return LocalFiles().try_lock(paths.ALIVE)
 
 
@@ -100,12 +103,14 @@ def shown(capfd: Out, *argv: str) -> str:
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
-    [verbs] = [
-        action
-        for action in cli._parser()._actions
-        if isinstance(action, argparse._SubParsersAction)
-    ]
-    return dict(verbs.choices)
+    def below(parser: argparse.ArgumentParser, words: str) -> Iterator[tuple[str, Any]]:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for name, added in action.choices.items():
+                    yield words + name, added
+                    yield from below(added, f"{words}{name} ")
+
+    return dict(below(cli._parser(), ""))
 
 
 def test_the_verbs() -> None:
@@ -117,14 +122,15 @@ def test_every_verb_has_help_with_an_example_that_is_right(
     verb: str, capfd: Out, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    text = shown(capfd, verb, "--help")
-    assert_golden(f"help.{verb}.txt", text)
+    text = shown(capfd, *verb.split(), "--help")
+    assert_golden(f"help.{verb.replace(' ', '-')}.txt", text)
     assert max(map(len, text.splitlines())) <= 80
-    example = text.rpartition("example: ")[2].split(">")[0].split()
+    shell = text.rpartition("example: ")[2].replace("\\\n", "")
+    example = shell.rpartition(";")[2].partition(">")[0].split()
     if example[0] == "systemctl":
         return
     words = example[2:] if example[0] == "sudo" else example[1:]
-    assert words[0] == verb
+    assert " ".join(words).startswith(verb)
     cli._parser().parse_args(words)
 
 
@@ -140,7 +146,8 @@ def test_help_lists_exit_codes_one_a_line(capfd: Out, monkeypatch: pytest.Monkey
 def test_every_option_has_help() -> None:
     for verb, parser in parsers().items():
         for action in parser._actions:
-            assert action.help, f"{verb} {action.option_strings or action.dest}"
+            has_own = isinstance(action, argparse._SubParsersAction)  # each verb below it has
+            assert action.help or has_own, f"{verb} {action.option_strings or action.dest}"
 
 
 def test_version(capfd: Out) -> None:
@@ -155,6 +162,8 @@ def test_version(capfd: Out) -> None:
         pytest.param(["status", "--wiat"], id="unknown-option"),
         pytest.param(["user-data", "cluster.yaml"], id="no-role"),
         pytest.param(["user-data", "--role", "boss", "cluster.yaml"], id="unknown-role"),
+        pytest.param(["secrets"], id="secrets-without-a-verb"),
+        pytest.param(["secrets", "new"], id="secrets-for-nowhere"),
         pytest.param(["apply", "--timeout", "soon"], id="time-out-of-words"),
         pytest.param(["apply", "--timeout", "0"], id="time-out-of-nothing"),
         pytest.param(["apply", "--timeout", "nan"], id="time-out-of-no-number"),
@@ -390,6 +399,163 @@ def test_user_data(role: str, spec: Path, capfd: Out) -> None:
     spec.write_text(SPEC.replace("role: server\n", "").replace("[]", "[10.10.0.11]"))
     assert main(["user-data", "--role", role, str(spec)]) == Exit.OK
     assert f"role: {role}" in capfd.readouterr().out
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    path = tmp_path / "secrets.json"
+    LocalFiles().write(path, secrets.dump(secrets.new(LocalPki(), time.time())).reveal(), 0o600)
+    return path
+
+
+def test_new_secrets_are_for_their_owner_alone(tmp_path: Path, capfd: Out) -> None:
+    path = tmp_path / "secrets.json"
+    assert main(["secrets", "new", str(path)]) == Exit.OK
+    said = capfd.readouterr()
+    assert said.err == ""
+    assert said.out.count("\n") == 1
+    assert said.out.startswith(f"{path}: the keys of a new cluster. Keep it safe")
+    assert f"nodeagent user-data --secrets {path} " in said.out
+    assert path.stat().st_mode & 0o777 == 0o600
+    secrets.parse(path.read_text(), "secrets.json", "server", LocalPki())
+    assert json.loads(path.read_text())["cluster_key"] not in said.out
+
+
+@pytest.mark.parametrize("there", ["keys", "a-directory"])
+def test_secrets_are_never_written_over(there: str, keys: Path, capfd: Out) -> None:
+    path = keys if there == "keys" else keys.parent
+    before = keys.read_text()
+    assert main(["secrets", "new", str(path)]) == Exit.USAGE
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"nodeagent: {path} is there already, and a lost cluster key is a ")
+    assert keys.read_text() == before
+
+
+def test_two_clusters_have_different_keys(keys: Path) -> None:
+    assert main(["secrets", "new", str(keys.with_name("other.json"))]) == Exit.OK
+    assert keys.read_text() != keys.with_name("other.json").read_text()
+
+
+@pytest.mark.parametrize("role", ["server", "worker"])
+def test_user_data_of_a_secured_cluster(role: str, spec: Path, keys: Path, capfd: Out) -> None:
+    spec.write_text(SECURED)
+    assert main(["user-data", "--role", role, "--secrets", str(keys), str(spec)]) == Exit.OK
+    said = capfd.readouterr()
+    assert (json.loads(keys.read_text())["cluster_key"] in said.out) == (role == "server")
+    assert "gossip_key" in said.out or role == "server"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "argv", "code", "says"),
+    [
+        pytest.param(SECURED, [], Exit.USAGE, "add --secrets secrets.json", id="no-secrets"),
+        pytest.param(
+            f"{SECURED}security: off\n",
+            ["--secrets", "{keys}"],
+            Exit.USAGE,
+            "--secrets has no use",
+            id="security-off",
+        ),
+        pytest.param(
+            SECURED,
+            ["--secrets", "{keys}.none"],
+            Exit.BAD_SPEC,
+            "{keys}.none: there is no such file (nodeagent secrets new makes",
+            id="no-such-file",
+        ),
+        pytest.param(
+            SECURED, ["--secrets", "{top}"], Exit.BAD_SPEC, "it must be a file", id="a-directory"
+        ),
+        pytest.param(
+            SECURED,
+            ["--secrets", "{keys}/none"],
+            Exit.BAD_SPEC,
+            "{keys}/none: there is no such file",
+            id="below-a-file",
+        ),
+        pytest.param(
+            SECURED,
+            ["--secrets", "{spec}"],
+            Exit.BAD_SPEC,
+            "{spec}: others can read or change it; it must be a file of yours or root's with mode "
+            "600 (chmod 600 {spec})",
+            id="open-to-others",
+        ),
+        pytest.param(
+            SECURED, ["--secrets", "{bad}"], Exit.BAD_SPEC, "{bad}:1: is not JSON", id="not-json"
+        ),
+    ],
+)
+def test_user_data_that_cannot_be_made_says_how(
+    cluster: str, argv: list[str], code: Exit, says: str, spec: Path, keys: Path, capfd: Out
+) -> None:
+    bad = keys.with_name("bad.json")
+    bad.write_text("…")
+    bad.chmod(0o600)
+    spec.write_text(cluster)
+    spec.chmod(0o644)
+    places = {"keys": keys, "spec": spec, "bad": bad, "top": keys.parent}
+    words = [word.format(**places) for word in argv]
+    assert main(["user-data", "--role", "server", *words, str(spec)]) == code
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert says.format(**places) in said.err
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "cluster", "warns"),
+    [
+        pytest.param(0o600, SECURED, False, id="for-its-owner"),
+        pytest.param(0o640, SECURED, True, id="for-its-group-too"),
+        pytest.param(0o644, SECURED, True, id="for-everybody"),
+        pytest.param(0o644, f"{SECURED}security: off\n", False, id="without-keys-in-it"),
+    ],
+)
+def test_keys_in_a_file_that_others_can_read_are_no_secret(
+    mode: int, cluster: str, warns: bool, spec: Path, keys: Path
+) -> None:
+    spec.write_text(cluster)
+    out = keys.with_name("server.yaml")
+    out.touch()
+    out.chmod(mode)
+    given = [] if "security" in cluster else ["--secrets", str(keys)]
+    with out.open("w") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "nodeagent", "user-data", "--role", "server", *given, str(spec)],
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == Exit.OK
+    assert out.read_text().startswith("#cloud-config")
+    wanted = f"what was written holds keys, and others can read that file (mode {mode:o}): chmod "
+    assert done.stderr.startswith(wanted) == warns
+    assert done.stderr.count("\n") == warns
+
+
+@pytest.mark.parametrize(
+    ("argv", "given"),
+    [
+        ([], (None, None, True)),
+        (["--spec", "a", "--no-start"], (Path("a"), None, False)),
+        (["--secrets", "b"], (None, Path("b"), True)),
+        (["--spec", "a", "--secrets", "b"], (Path("a"), Path("b"), True)),
+    ],
+    ids=["nothing", "a-spec", "secrets", "both"],
+)
+def test_install_is_given_what_is_said(
+    argv: list[str], given: object, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(host: Host, spec: Path | None, secrets: Path | None, *, start: bool) -> None:
+        assert host is machine.host
+        seen.append((spec, secrets, start))
+
+    seen: list[object] = []
+    monkeypatch.setattr(install, "install", record)
+    assert main(["install", *argv]) == Exit.OK
+    assert seen == [given]
 
 
 def command(*argv: str, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from nodeagent import paths
 from nodeagent.converge import Cycle, run_cycle
 from nodeagent.host import ConsulSelf, ContainerState, Unit
 from nodeagent.spec import Spec
-from nodeagent.steps import consul, identity
+from nodeagent.steps import consul, identity, secrets
 from nodeagent.steps.consul import Seen, render
 from tests.unit.expect import assert_golden, said
 from tests.unit.fakes import FakeWeb, Machine, World, make_spec
@@ -122,16 +122,38 @@ CREATE = "do run container consul (hashicorp/consul:1.21) in the System Engine"
         ),
         pytest.param(
             SPEC, replace(RIGHT, config="{}"),
+            ["do write /var/lib/nodeagent/consul/config/candidate/consul.json"],
+            id="config-edited-by-hand-and-the-right-one-is-asked-about-first",
+        ),
+        pytest.param(
+            SPEC, replace(RIGHT, config="{}", verdict=""),
             ["do write /var/lib/nodeagent/consul/config/consul.json"],
             id="config-edited-by-hand",
         ),
         pytest.param(
-            make_spec(join="[10.10.0.11, 10.10.0.12]"), RIGHT,
+            SPEC, replace(RIGHT, config="{}", verdict="invalid config key colour"),
+            ["block Consul refuses its new configuration and goes on with the old one: "
+             "invalid config key colour",
+             "fix edit /etc/nodeagent/node.yaml"],
+            id="config-refused",
+        ),
+        pytest.param(
+            SPEC, replace(RIGHT, reload_pending=True),
+            ["do have Consul read its keys and certificates again",
+             "do remove /run/nodeagent/consul-reload-pending"],
+            id="keys-changed",
+        ),
+        pytest.param(
+            SPEC, replace(DEAD, reload_pending=True),
+            ["wait Consul to answer on 127.0.0.1:8500"], id="keys-changed-while-it-starts",
+        ),
+        pytest.param(
+            make_spec(join="[10.10.0.11, 10.10.0.12]"), replace(RIGHT, verdict=""),
             ["do write /var/lib/nodeagent/consul/config/consul.json", CREATE],
             id="spec-changed",
         ),
         pytest.param(
-            make_spec(datacenter="nyc3"), RIGHT,
+            make_spec(datacenter="nyc3"), replace(RIGHT, verdict=""),
             ["do write /var/lib/nodeagent/consul/config/consul.json", CREATE],
             id="datacenter-changed",
         ),
@@ -262,7 +284,7 @@ NOTE = "do write /var/lib/nodeagent/consul/bin/consul.sha256"
             ["do write /var/lib/nodeagent/consul/config/consul.json"], id="config-missing",
         ),
         pytest.param(
-            BINARY, replace(HAS, config="{}"),
+            BINARY, replace(HAS, config="{}", verdict=""),
             [MARK, "do write /var/lib/nodeagent/consul/config/consul.json"],
             id="config-changed-while-running",
         ),
@@ -362,7 +384,9 @@ def machine_with(consul_section: str, contents: dict[str, str]) -> Machine:
 
 
 def cycle(machine: Machine) -> Cycle:
-    return run_cycle(machine.spec, machine.host, (identity.STEP, consul.STEP), lambda _: None)
+    return run_cycle(
+        machine.spec, machine.host, (identity.STEP, secrets.STEP, consul.STEP), lambda _: None
+    )
 
 
 def test_image_from_an_archive() -> None:

@@ -28,7 +28,6 @@ role: server
 servers: 1
 address: 10.10.0.0/16
 join: []
-security: off
 """
 WATCHDOG_S = 60  # WatchdogSec= of nodeagent.service
 

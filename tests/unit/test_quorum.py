@@ -170,17 +170,27 @@ def test_a_leader_without_a_working_read_is_no_quorum() -> None:
         def members(self) -> tuple[Member, ...]:
             return (SELF, SECOND, THIRD)
 
+        def knows_token(self) -> bool:
+            return True
+
         def get(self, prefix: str) -> None:
             raise HostError("read", prefix, "500 No cluster leader")
 
+    class Named:
+        """DNS, which still answers from what it knew."""
+
+        def consul_servers(self, domain: str) -> tuple[str, ...]:
+            return (f"server12.node.dc1.{domain}.", f"server13.node.dc1.{domain}.")
+
+    stale = replace(host, consul=Stale(), resolver=Named())  # type: ignore[arg-type] # parts of them
     with pytest.raises(HostError, match="No cluster leader"):
-        quorum.observe(make_spec(), replace(host, consul=Stale()))  # type: ignore[arg-type]
+        quorum.observe(make_spec(security="off"), stale)
 
 
 def test_names_are_resolved_again_each_time_and_addresses_taken_as_they_are() -> None:
     spec = make_spec(join="[10.10.0.12, servers.example.com, gone.example.com, 'provider=x a=b']")
     machine = World().machine(spec, "10.10.0.11")
-    run_cycle(spec, machine.host, STEPS[:2], lambda _: None)
+    run_cycle(spec, machine.host, STEPS[:3], lambda _: None)
     assert quorum.observe(spec, machine.host).unresolved == (
         "servers.example.com",
         "gone.example.com",

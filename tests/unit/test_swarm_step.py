@@ -24,7 +24,12 @@ ME, OTHER = "server11", "server12"
 OURS, ORPHAN, FOREIGN = "swarm-cluster", "swarm-orphan", "swarm-foreign"
 LABELS = {CLUSTER_LABEL: "demo"}
 TOKENS = {
-    KEYS.worker_token: Entry("SWMTKN-worker", 5),
+    KEYS.worker_entry: Entry(
+        json.dumps(
+            {"phase": "published", "node": "server12", "swarm_id": "swarm-cluster", "token": "T"}
+        ),
+        5,
+    ),
     KEYS.manager_token: Entry("SWMTKN-manager", 5),
 }
 MANAGERS = {"10.10.0.12:2377": True, "10.10.0.13:2377": False}
@@ -243,8 +248,8 @@ def without(seen: Seen, key: str) -> Seen:
             ["wait a Swarm manager to be registered in Consul"], id="never-through-itself",
         ),
         pytest.param(
-            WORKER, without(PUBLISHED, KEYS.worker_token),
-            ["wait the cluster's join token in Consul"], id="token-of-workers-missing",
+            WORKER, without(PUBLISHED, KEYS.worker_entry),
+            ["wait a server to initialise the cluster's Swarm"], id="token-of-workers-missing",
         ),
         pytest.param(
             SERVER, without(PUBLISHED, KEYS.manager_token),

@@ -77,6 +77,7 @@ def test_systemd_would_have_found_a_mistake(root: Path) -> None:
     [
         pytest.param("nodeagent.service", 2.9, id="agent"),
         pytest.param("nodeagent-consul.service", 1.9, id="consul"),
+        pytest.param("nodeagent-guard.service", 1.5, id="guard"),
     ],
 )
 def test_its_exposure_stays_low(name: str, at_most: float) -> None:
@@ -100,6 +101,20 @@ def test_what_starts_at_boot_waits_for_nothing_that_waits_for_it(name: str) -> N
     unit = Unit(name)
     assert unit["Install"]["WantedBy"] == "multi-user.target"
     assert set(unit["Unit"]["After"].split()) <= {"network-online.target", "containerd.service"}
+
+
+def test_the_guard_is_up_before_anything_that_runs_containers() -> None:
+    unit = Unit("nodeagent-guard.service")
+    assert unit["Install"]["WantedBy"] == "multi-user.target"
+    assert set(unit["Unit"]["Before"].split()) == {"docker.service", "nodeagent-engine.service"}
+    assert "After" not in unit["Unit"]
+
+
+def test_the_guard_alone_can_change_the_network_and_nothing_else() -> None:
+    guard, agent = (Unit(f"{name}.service")["Service"] for name in ("nodeagent-guard", "nodeagent"))
+    assert guard["CapabilityBoundingSet"] == guard["AmbientCapabilities"] == "CAP_NET_ADMIN"
+    assert guard["DynamicUser"] == "yes"
+    assert "CAP_NET_ADMIN" not in agent["CapabilityBoundingSet"]
 
 
 def test_nobody_is_made_to_wait_for_the_cluster_who_did_not_ask() -> None:

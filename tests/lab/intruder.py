@@ -1,0 +1,363 @@
+"""The tools of somebody who wants more than is due: sockets anywhere, foreign Consuls, searches."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import ctypes
+import http.client
+import json
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.lab import cluster, host, images
+from tests.lab.host import LabError, Process, Waiting, wait_until
+from tests.lab.lab import BRIDGE, PREFIX_BITS, Lab, Machine
+
+PREFIX = "nodeagent/demo/"
+MANAGER_TOKEN = f"{PREFIX}swarm/manager-token"
+TOKENS = "/var/lib/nodeagent/consul/tokens.json"
+CONFIG = "/var/lib/nodeagent/consul/config"
+SYSTEM_ENGINE = ("docker", "-H", "unix:///run/nodeagent-engine/docker.sock")
+STRANGER = "10.10.0.99"  # an address of the lab's network that no machine has
+UUID = re.compile(rb"\b[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\b")
+
+_CLONE_NEWNET = 0x40000000
+
+
+# -- sockets and Consul's HTTP API -----------------------------------------------------------
+
+
+def socket_in(namespace: Path, family: int = socket.SOCK_STREAM) -> socket.socket:
+    """A socket of another network namespace, in which it stays whoever uses it (setns(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    there = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if libc.setns(there, _CLONE_NEWNET):
+            raise LabError(f"{namespace}: {os.strerror(ctypes.get_errno())}")
+        try:
+            made = socket.socket(socket.AF_INET, family)
+        finally:
+            if libc.setns(home, _CLONE_NEWNET):
+                os.abort()  # nothing of this process may go on in a machine's network
+    finally:
+        os.close(home)
+        os.close(there)
+    made.settimeout(10)
+    return made
+
+
+def network(of: Machine) -> Path:
+    return Path(f"/proc/{of.leader}/ns/net")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What Consul said. `body` never stands in a failed assertion by itself: it may be long."""
+
+    status: int
+    body: bytes = field(repr=False)
+
+    @property
+    def text(self) -> str:
+        return self.body.decode("utf-8", "replace").strip()
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, namespace: Path, port: int) -> None:
+        super().__init__("127.0.0.1", port)
+        self.namespace = namespace
+
+    def connect(self) -> None:
+        self.sock = socket_in(self.namespace)
+        self.sock.connect((self.host, self.port))
+
+
+def ask(
+    where: Machine | Path,
+    method: str,
+    path: str,
+    body: object = None,
+    *,
+    token: str | None = None,
+    port: int = 8500,
+) -> Answer:
+    """One request to the Consul on 127.0.0.1 of a machine or network namespace."""
+    connection = _Connection(where if isinstance(where, Path) else network(where), port)
+    sent = body if body is None or isinstance(body, str) else json.dumps(body)
+    with contextlib.closing(connection):
+        connection.request(method, f"/v1/{path}", sent, {"X-Consul-Token": token} if token else {})
+        response = connection.getresponse()
+        return Answer(response.status, response.read())
+
+
+def own_token(machine: Machine) -> str:
+    """The token with which the machine's agent works: a server's may do everything."""
+    return str(json.loads(machine.read(TOKENS))["token"])
+
+
+def as_server(server: Machine, path: str, method: str = "GET", body: object = None) -> Any:
+    """What a server is told; it is told everything."""
+    said = ask(server, method, path, body, token=own_token(server))
+    assert said.status == 200, f"{path}: {said.status} {said.text[:300]}"
+    return said.json()
+
+
+def store(server: Machine) -> dict[str, tuple[int, str]]:
+    """The whole KV by key: index of the last change, and value."""
+    entries = as_server(server, "kv/?recurse&consistent")
+    return {each["Key"]: (each["ModifyIndex"], each["Value"]) for each in entries}
+
+
+def members(server: Machine) -> dict[str, dict[str, Any]]:
+    return {each["Name"]: each for each in as_server(server, "agent/members")}
+
+
+def raft_peers(server: Machine) -> dict[str, bool]:
+    """Whether each peer votes, by node."""
+    peers = as_server(server, "operator/raft/configuration")["Servers"]
+    return {peer["Node"]: peer["Voter"] for peer in peers}
+
+
+def raft_state(server: Machine) -> tuple[str, str]:
+    """Leader and term, as this server has them."""
+    raft = as_server(server, "agent/self")["Stats"]["raft"]
+    return as_server(server, "status/leader"), raft["term"]
+
+
+# -- foreign Consuls -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stranger(lab: Lab, address: str = STRANGER) -> Iterator[Path]:
+    """Another address on the network, for processes of the box; gives their namespace."""
+    lab.run("ip", "address", "add", f"{address}/{PREFIX_BITS}", "dev", BRIDGE)
+    try:
+        yield lab.netns_path
+    finally:
+        lab.run("ip", "address", "delete", f"{address}/{PREFIX_BITS}", "dev", BRIDGE)
+
+
+@dataclass(frozen=True)
+class Consul:
+    """A real Consul 1.8.7 that no agent of ours takes care of."""
+
+    namespace: Path
+    directory: Path
+    process: Process
+    port: int
+    token: str
+
+    @property
+    def data(self) -> Path:
+        return self.directory / "data"
+
+    @property
+    def log(self) -> str:
+        return (self.directory / "log").read_text("utf-8", "replace")
+
+    def ask(self, method: str, path: str, body: object = None) -> Answer:
+        return ask(self.namespace, method, path, body, token=self.token, port=self.port)
+
+    def wait_log(self, pattern: str, timeout_s: float = 60) -> str:
+        """The first line that has `pattern` in it."""
+
+        def line() -> str | Waiting:
+            assert self.process.alive, self.log[-2000:]
+            found = [each for each in self.log.splitlines() if re.search(pattern, each)]
+            return found[0] if found else Waiting(self.log[-500:])
+
+        return wait_until(line, timeout_s, f"Consul to say {pattern}")
+
+
+RECOVERY = "11111111-2222-3333-4444-555555555555"  # a foreign Consul's own
+
+
+@contextlib.contextmanager
+def foreign_consul(
+    lab: Lab,
+    name: str,
+    *,
+    files: Machine | None = None,
+    address: str = STRANGER,
+    **config: object,
+) -> Iterator[Consul]:
+    """Run Consul on the network under a name of its own, with what lies on a machine's disk.
+
+    Ends it, and waits for nothing: what the cluster makes of it is the test's business.
+    """
+    with contextlib.ExitStack() as stack:
+        # Not below the lab's directory: what an earlier one left is no evidence.
+        scratch = tempfile.TemporaryDirectory(prefix=f"consul-{name}-", dir=lab.state_dir)
+        directory = Path(stack.enter_context(scratch))
+        namespace = stack.enter_context(stranger(lab, address))
+        settings: dict[str, Any] = {
+            "datacenter": "lab",
+            "node_name": name,
+            "data_dir": str(directory / "data"),
+            "bind_addr": address,
+            "client_addr": "127.0.0.1",
+            "ports": {"http": 18500, "dns": -1, "server": 8300, "serf_wan": -1},
+            "disable_update_check": True,
+            "performance": {"raft_multiplier": 1},
+            "connect": {"enabled": False},
+            "acl": {
+                "enabled": True,
+                "default_policy": "deny",
+                "tokens": {"agent_master": RECOVERY},
+            },
+        }
+        if files is not None:
+            for file in ("ca.pem", "node.pem"):
+                (directory / file).write_text(files.read(f"{CONFIG}/{file}"))
+            settings |= {
+                "encrypt": json.loads(files.read(f"{CONFIG}/keys.json"))["encrypt"],
+                "ca_file": str(directory / "ca.pem"),
+                "cert_file": str(directory / "node.pem"),
+                "key_file": str(directory / "node.pem"),
+                "verify_incoming": True,
+                "verify_outgoing": True,
+                "verify_server_hostname": True,
+                "retry_join": list(cluster.SERVERS.values()),
+                "retry_interval": "1s",
+            }
+        settings |= config
+        (directory / "consul.json").write_text(json.dumps(settings))
+        words = ("nsenter", f"--net={namespace}", "--", images.consul_binary(), "agent")
+        log = directory / "log"
+        process = host.spawn(
+            *words,
+            f"-config-file={directory / 'consul.json'}",
+            log=log,
+            groups=lab.make_service_groups(),
+        )
+        stack.callback(process.kill)
+        consul = Consul(namespace, directory, process, 18500, RECOVERY)
+
+        def answers() -> bool | Waiting:
+            assert process.alive, consul.log[-2000:]
+            try:
+                said = consul.ask("GET", "agent/self")
+            except OSError as error:
+                return Waiting(error)
+            return said.status == 200 or Waiting(said.text)
+
+        wait_until(answers, 30, f"the Consul of {name}")
+        yield consul
+
+
+def wait_forgotten(server: Machine, name: str) -> None:
+    """Make a Consul that has ended a thing of the past: no member alive, no peer, no node."""
+
+    def gone() -> bool | Waiting:
+        as_server_quietly(server, "PUT", f"agent/force-leave/{name}?prune")
+        known = members(server).get(name, {}).get("Status")
+        peers = raft_peers(server)
+        nodes = [each["Node"] for each in as_server(server, "catalog/nodes")]
+        is_gone = known is None and name not in peers and name not in nodes
+        return is_gone or Waiting(f"member {known}, peers {peers}, nodes {nodes}")
+
+    wait_until(gone, 90, f"{name} to be forgotten")
+
+
+def as_server_quietly(server: Machine, method: str, path: str) -> Answer:
+    return ask(server, method, path, token=own_token(server))
+
+
+# -- searches --------------------------------------------------------------------------------
+
+
+def disguises(secret: bytes) -> set[bytes]:
+    """What of a secret would stand somewhere, whatever it was written down as.
+
+    Halves, because base64 is broken into lines of 64 characters and more: one half is whole. In
+    base64 a text has three looks, by where it begins; the ends, which depend on what stands
+    before and after, are left out.
+    """
+    half = len(secret) // 2
+    found: set[bytes] = set()
+    for part in (secret[:half], secret[half:]):
+        forms = {part, part.hex().encode(), part.hex().upper().encode()}
+        for shift in range(3):
+            whole = base64.b64encode(b"\0" * shift + part + b"\0" * 3)
+            first, last = (8 * shift + 5) // 6, (8 * (shift + len(part))) // 6
+            inner = whole[first:last]
+            forms.add(inner)
+            for again in range(3):  # base64 of base64, as user-data in metadata is
+                outer = base64.b64encode(b"\0" * again + inner + b"\0" * 3)
+                forms.add(outer[(8 * again + 5) // 6 : (8 * (again + len(inner))) // 6])
+        # grep takes one pattern a line: of raw bytes, the longest piece that is one.
+        found |= {max(form.split(b"\n"), key=len) for form in forms}
+    short = [form for form in found if len(form) < 8]
+    assert not short, "too short a piece to be told from chance"
+    return found
+
+
+def search(secrets: Mapping[str, bytes], *places: Path) -> dict[str, set[str]]:
+    """Files below `places` that hold one of the secrets in any disguise: names by file."""
+    names: dict[bytes, str] = {}
+    for name, secret in secrets.items():
+        names |= dict.fromkeys(disguises(secret), name)
+    with tempfile.NamedTemporaryFile() as patterns:
+        patterns.write(b"\n".join(names) + b"\n")
+        patterns.flush()
+        # -o -b would need every pattern's text again: which file first, then which secret.
+        said = host.run(
+            *("env", "LC_ALL=C", "grep", "-rlaFZ", "--devices=skip", "-f", patterns.name, "--"),
+            *places,
+            check=False,
+            timeout_s=300,
+        )
+        if said.returncode > 1 and "Input/output error" not in said.stderr:
+            raise LabError(f"grep: {said.stderr[-500:]}")
+    found = {}
+    for file in filter(None, said.stdout.split("\0")):
+        content = Path(file).read_bytes()
+        found[file] = {name for form, name in names.items() if form in content}
+    return found
+
+
+def dump_memory(pid: int, to: Path) -> None:
+    """Write all that a process of a machine can write to in its memory (proc(5), maps)."""
+    with Path(f"/proc/{pid}/mem").open("rb", 0) as memory, to.open("wb") as out:
+        for line in Path(f"/proc/{pid}/maps").read_text("utf-8").splitlines():
+            span, rights, *_ = line.split()
+            if not rights.startswith("rw") or line.endswith(("[vvar]", "[vsyscall]")):
+                continue
+            start, end = (int(part, 16) for part in span.split("-"))
+            with contextlib.suppress(OSError, OverflowError):
+                _copy(memory.fileno(), start, end, out.fileno(), pid)
+
+
+def _copy(memory: int, start: int, end: int, out: int, pid: int) -> None:
+    """Copy the pages that are there: runtimes reserve far more than they use."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    with Path(f"/proc/{pid}/pagemap").open("rb", 0) as file:
+        table = os.pread(file.fileno(), 8 * ((end - start) // page), 8 * (start // page))
+    for number in range(0, len(table), 8):
+        # pagemap: bit 63 is "present", bit 62 "swapped".
+        if table[number + 7] & 0xC0:
+            os.write(out, os.pread(memory, page, start + number // 8 * page))
+
+
+def collect(to: Path, texts: Mapping[str, str | bytes]) -> None:
+    """Write what was gathered down, one file each, to be searched."""
+    to.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+        (to / name.replace("/", "_")).write_bytes(data)
+
+
+def disk(machine: Machine) -> Iterable[Path]:
+    """All that a machine has written, and what it keeps in memory as files."""
+    return machine.upper, machine.volumes, cluster.inside(machine, "/run")
