@@ -125,7 +125,7 @@ class Rotation:
         while True:
             entries = self.host.consul.get(self.spec.key_prefix)
             late = []
-            for member in self.host.consul.members():
+            for member in sorted(self.host.consul.members(), key=lambda each: each.name):
                 entry = entries.get(keys.applied(member.name))
                 if entry is None or entry.value != str(found.serial):
                     late.append(member.name + ("" if member.alive else " (which is away)"))

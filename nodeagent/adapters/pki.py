@@ -7,7 +7,7 @@ import datetime
 import secrets
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
@@ -22,6 +22,13 @@ CURVE = ec.SECP256R1()  # what every TLS of the last ten years speaks, Consul 1.
 ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 SEALING = Suite(KEM.P256, KDF.HKDF_SHA256, AEAD.AES_256_GCM)  # RFC 9180
 SEED_BYTES = 32
+_NO_CERTIFICATE = (  # what the library says of one that was damaged
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 # Clocks differ: what is issued now is valid on a machine that is an hour behind. SwarmKit's
 # figure (ca/certificates.go, CertBackdate), as is the next (RootCAExpiration).
 BACKDATE = datetime.timedelta(hours=1)
@@ -83,7 +90,7 @@ class LocalPki:
         try:
             found = x509.load_pem_x509_certificates(pem.encode())
             return tuple(_described(each) for each in found)
-        except (ValueError, x509.ExtensionNotFound) as error:
+        except _NO_CERTIFICATE as error:
             raise HostError("read", "a certificate", "it is not one in PEM form") from error
 
     def matches(self, seed: Secret, authority: str) -> bool:
@@ -163,6 +170,7 @@ def _signed(builder: x509.CertificateBuilder, key: ec.EllipticCurvePrivateKey) -
 
 
 def _described(found: x509.Certificate) -> Certificate:
+    found.public_key()  # read only when it is asked for, and damaged perhaps
     try:
         names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         dns_names = tuple(names.get_values_for_type(x509.DNSName))

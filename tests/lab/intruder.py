@@ -31,6 +31,8 @@ UUID = re.compile(rb"\b[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\b")
 _CLONE_NEWNET = 0x40000000
 
 
+Call = tuple[str, str, object]  # method, path, body
+
 # -- sockets and Consul's HTTP API -----------------------------------------------------------
 
 
@@ -190,7 +192,8 @@ def foreign_consul(
     *,
     files: Machine | None = None,
     address: str = STRANGER,
-    **config: object,
+    starts: bool = True,
+    config: Mapping[str, object] | None = None,
 ) -> Iterator[Consul]:
     """Run Consul on the network under a name of its own, with what lies on a machine's disk.
 
@@ -231,7 +234,7 @@ def foreign_consul(
                 "retry_join": list(cluster.SERVERS.values()),
                 "retry_interval": "1s",
             }
-        settings |= config
+        settings |= config or {}
         (directory / "consul.json").write_text(json.dumps(settings))
         words = ("nsenter", f"--net={namespace}", "--", images.consul_binary(), "agent")
         log = directory / "log"
@@ -252,7 +255,8 @@ def foreign_consul(
                 return Waiting(error)
             return said.status == 200 or Waiting(said.text)
 
-        wait_until(answers, 30, f"the Consul of {name}")
+        if starts:
+            wait_until(answers, 30, f"the Consul of {name}")
         yield consul
 
 
@@ -260,7 +264,7 @@ def wait_forgotten(server: Machine, name: str) -> None:
     """Make a Consul that has ended a thing of the past: no member alive, no peer, no node."""
 
     def gone() -> bool | Waiting:
-        as_server_quietly(server, "PUT", f"agent/force-leave/{name}?prune")
+        ask(server, "PUT", f"agent/force-leave/{name}?prune", token=own_token(server))
         known = members(server).get(name, {}).get("Status")
         peers = raft_peers(server)
         nodes = [each["Node"] for each in as_server(server, "catalog/nodes")]
@@ -268,10 +272,6 @@ def wait_forgotten(server: Machine, name: str) -> None:
         return is_gone or Waiting(f"member {known}, peers {peers}, nodes {nodes}")
 
     wait_until(gone, 90, f"{name} to be forgotten")
-
-
-def as_server_quietly(server: Machine, method: str, path: str) -> Answer:
-    return ask(server, method, path, token=own_token(server))
 
 
 # -- searches --------------------------------------------------------------------------------
@@ -324,6 +324,16 @@ def search(secrets: Mapping[str, bytes], *places: Path) -> dict[str, set[str]]:
     for file in filter(None, said.stdout.split("\0")):
         content = Path(file).read_bytes()
         found[file] = {name for form, name in names.items() if form in content}
+    return found
+
+
+def processes(machine: Machine) -> dict[int, str]:
+    """Command lines of a machine's processes, those in containers included, by the box's pid."""
+    found = {}
+    for process in host.cgroup_processes(f"{machine.lab.slug}/m-{machine.name}"):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+            found[process.pid] = words.replace(b"\0", b" ").decode("utf-8", "replace").strip()
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import functools
 import hashlib
 import hmac
 import random
@@ -297,6 +298,35 @@ def test_what_is_no_certificate_is_an_error_that_shows_nothing_of_it(pem: str) -
     with pytest.raises(HostError) as caught:
         PKI.certificates(pem)
     assert str(caught.value) == "could not read a certificate: it is not one in PEM form"
+
+
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")  # it comes to that too
+def test_a_certificate_that_was_damaged_anywhere_is_read_or_is_that_same_error() -> None:
+    """Nothing else escapes, whatever it is compared with afterwards."""
+    chance, refused = random.Random(2016), 0
+    raw = certificate(AUTHORITY).public_bytes(serialization.Encoding.DER)
+    for number in range(2000):
+        damaged = bytearray(raw)
+        # The version's number, which the library reads late, is one byte of some 400.
+        damaged[chance.randrange(len(raw)) if number % 20 else raw.index(b"\xa0\x03") + 4] ^= (
+            1 << chance.randrange(8)
+        )
+        text = base64.encodebytes(bytes(damaged)).decode()
+        pem = f"-----BEGIN CERTIFICATE-----\n{text}-----END CERTIFICATE-----\n"
+        try:
+            PKI.certificates(pem)
+        except HostError:
+            refused += 1
+        else:
+            PKI.is_signed(issue_once(), pem)
+            PKI.is_signed(pem, AUTHORITY)
+            PKI.matches(SEED, pem)
+    assert refused > 200
+
+
+@functools.cache
+def issue_once() -> str:
+    return issue()
 
 
 # -- what is sealed for the servers

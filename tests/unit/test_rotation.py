@@ -112,7 +112,7 @@ def test_one_after_another_and_again() -> None:
     for purpose in (*PURPOSES, "tokens", "ca"):
         old = kept(world.machines["server11"])
         assert isinstance(old, ServerSecrets)
-        rotation(world)[0].rotate(purpose)  # type: ignore[arg-type] # a literal, in a loop
+        rotation(world)[0].rotate(purpose)
         settle(world)
     assert kept(world.machines["server11"]).serial == 15
 
