@@ -84,6 +84,7 @@ class MakeNodeToken:
     path: Path
     seen: NodeTokens | None
     generation: str  # "": the local one alone, as servers need it
+    recovery: Secret | None = None  # the local one that Consul knows, where this file was lost
 
     def __str__(self) -> str:
         return "make a token of this node's own"
@@ -92,7 +93,7 @@ class MakeNodeToken:
         def new() -> Secret:
             return secrets.token(host.pki, host.pki.seed(), "node token")
 
-        own = self.seen or NodeTokens(new(), {})
+        own = self.seen or NodeTokens(self.recovery or new(), {})
         if self.generation:
             own = replace(own, tokens={**own.tokens, self.generation: new()})
         host.files.write(self.path, own.dump().reveal(), 0o600)

@@ -161,13 +161,19 @@ class Request:
         try:
             data = json.loads(text or "")
             values = [data[name] for name in ("id", "generation", "sealed", "answer")]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             return None
         right = all(isinstance(each, str) and each.isprintable() for each in values)
         return cls(*values) if right and " " not in values[0] + values[1] else None
 
     def dump(self) -> str:
         return json.dumps(dataclasses.asdict(self))
+
+
+def node_token(made_up: Secret, node: str) -> Secret:
+    """A node's token in Consul: what it made up, so that under another name it is another."""
+    digest = hashlib.sha256(f"nodeagent 1 {node} {made_up.reveal()}".encode()).digest()
+    return Secret(str(uuid.UUID(bytes=digest[:16])))
 
 
 def request_id(token: Secret) -> str:
@@ -260,15 +266,18 @@ def _server(data: Mapping[str, Any]) -> ServerSecrets:
         cluster_key=_key("cluster_key", data.get("cluster_key")),
         authorities=_texts(data, "authorities"),
         rotated={
-            purpose: tuple(_key(f"rotated.{purpose}", seed) for seed in _list(seeds, purpose))
+            purpose: tuple(_key(path, seed) for seed in _list(seeds, path))
             for purpose, seeds in rotated.items()
+            for path in [f"rotated.{purpose}"]
         },
         serial=_serial(data),
         rotating=_text(data, "rotating", ""),
         phase=_text(data, "phase", ""),
     )
     has_two = {purpose for purpose in PURPOSES if len(secrets.seeds(purpose)) == 2}
-    if has_two != ({secrets.rotating} - {""}) or secrets.phase not in ("", "spread", "switched"):
+    if has_two != ({secrets.rotating} - {""}) or (
+        secrets.phase not in (("spread", "switched") if secrets.rotating else ("",))
+    ):
         raise _Wrong("rotated", "does not fit to rotating and phase")
     return secrets
 
@@ -287,22 +296,23 @@ def _worker(data: Mapping[str, Any]) -> WorkerSecrets:
 
 
 def _check_certificates(secrets: Secrets, pki: Pki) -> None:
+    path = "authorities"
     try:
         for each in secrets.authorities:
             pki.certificates(each)
         if isinstance(secrets, ServerSecrets):
-            pairs = list(zip(secrets.seeds("ca"), secrets.authorities, strict=False))
-            if len(pairs) != len(secrets.authorities) or not all(
-                pki.matches(seed, authority) for seed, authority in pairs
+            seeds = secrets.seeds("ca")
+            if len(seeds) != len(secrets.authorities) or not all(
+                map(pki.matches, seeds, secrets.authorities)
             ):
                 raise _Wrong("authorities", "are not of this cluster key")
         else:
-            own = secrets.certificate.reveal()
+            own, path = secrets.certificate.reveal(), "certificate"
             pki.certificates(own)
             if not any(pki.is_signed(own, authority) for authority in secrets.authorities):
                 raise _Wrong("certificate", "is not signed by one of authorities")
     except HostError as error:
-        raise _Wrong("authorities", f"cannot be read: {error.cause}") from None
+        raise _Wrong(path, f"cannot be read: {error.cause}") from None
 
 
 def _no_others(data: Mapping[str, Any], known: set[str]) -> None:

@@ -152,7 +152,9 @@ def observe(spec: Spec, host: Host) -> Seen:
     found = read(spec, host)
     own = NodeTokens.parse(host.files.read(paths.NODE_TOKEN) or "")
     shown = json.loads(host.files.read(paths.CONSUL_TOKENS) or "{}")
-    token = found.keys.server_token or (own.tokens[own.in_use] if own.in_use else None)
+    token = found.keys.server_token or (
+        secrets.node_token(own.tokens[own.in_use], node) if own.in_use else None
+    )
     entries = host.consul.get(spec.key_prefix)
     seen = Seen(
         node,
@@ -242,10 +244,14 @@ _READMIT = (
 )
 
 
+# Names that a policy's name can contain; what is asked under any other is junk.
+_REQUEST = re.compile(r"enrol/([A-Za-z0-9_-]{1,64})|nodes/([A-Za-z0-9_-]{1,64})/token")
+
+
 def _requests(keys: Keys, entries: Mapping[str, Entry]) -> Iterator[tuple[str, str, Request]]:
     """Requests that are not granted yet: key, node, request."""
     for key, entry in entries.items():
-        match = re.fullmatch(r"(?:enrol/([^/]+)|nodes/([^/]+)/token)", key[len(keys.prefix) :])
+        match = _REQUEST.fullmatch(key[len(keys.prefix) :])
         request = Request.parse(entry.value)
         if match and request and request.answer != ADMITTED:
             yield key, match[1] or match[2], request
@@ -264,7 +270,8 @@ def _answers(spec: Spec, seen: Seen, keys: Keys) -> Iterator[Change]:
                 continue
             if answer == ADMITTED:
                 policy = node_policy(spec, node)
-                token = Token(accessor(spec, name), (policy.name,), description, seen.unsealed[key])
+                secret = secrets.node_token(seen.unsealed[key], node)
+                token = Token(accessor(spec, name), (policy.name,), description, secret)
                 changes = [PutPolicy(policy), PutToken(token)]
         if answer != request.answer:
             value = replace(request, answer=answer or "").dump()

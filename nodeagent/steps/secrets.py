@@ -14,7 +14,7 @@ from typing import Any
 
 from nodeagent import paths, secrets
 from nodeagent.changes import IssueCertificate, MakeNodeToken, WriteFile, WriteSecret
-from nodeagent.errors import Problem, Secret, SpecError
+from nodeagent.errors import HostError, Problem, Secret, SpecError
 from nodeagent.host import Certificate, Host
 from nodeagent.plan import Plan, Step, block, change, done
 from nodeagent.secrets import Keys, NodeTokens, Secrets, ServerSecrets
@@ -60,13 +60,18 @@ def observe(spec: Spec, host: Host) -> Seen:
     except SpecError as error:
         return Seen(hostname, now, error.problems[0])
     files = {path: host.files.read(path) for path in _FILES}
-    pem = files[paths.CONSUL_CERTIFICATE]
+    pem = files[paths.CONSUL_CERTIFICATE] or ""
+    try:
+        certificate = host.pki.certificates(pem)[0]
+    except HostError:  # there is none, or it is damaged: another one takes its place
+        certificate = None
     return Seen(
         hostname,
         now,
         found=found,
-        certificate=host.pki.certificates(pem)[0] if pem else None,
-        is_current=bool(pem) and host.pki.is_signed(pem or "", found.secrets.authorities[0]),
+        certificate=certificate,
+        is_current=certificate is not None
+        and host.pki.is_signed(pem, found.secrets.authorities[0]),
         own=host.files.read(paths.NODE_TOKEN),
         files=files,
         keyring=host.files.read(paths.CONSUL_KEYRING),
@@ -101,7 +106,8 @@ def diff(spec: Spec, seen: Seen) -> Plan:
         return block(f"{paths.NODE_TOKEN} is damaged", fix=f"rm {paths.NODE_TOKEN}")
     generation = "" if spec.is_server else keys.generation
     if own is None or (generation and generation not in own.tokens):
-        return change(MakeNodeToken(paths.NODE_TOKEN, own, generation))
+        known = _recovery(seen.files[paths.CONSUL_KEYS])
+        return change(MakeNodeToken(paths.NODE_TOKEN, own, generation, known))
     if seen.keyring is not None and not _accepted(keys, seen.keyring):
         return block(
             f"Consul keeps another cluster's gossip keys in {paths.CONSUL_KEYRING}, and uses them "
@@ -115,12 +121,19 @@ def diff(spec: Spec, seen: Seen) -> Plan:
     changes += _texts(seen, keys, own, seen.found.secrets.serial)
     if not changes:
         return done(_summary(seen))
-    if seen.certificate is not None and any(
-        change_.path != paths.CONSUL_TOKENS for change_ in changes
-    ):
+    is_first = all(text is None for text in seen.files.values())  # nothing has read any of them
+    if not is_first and any(change_.path != paths.CONSUL_TOKENS for change_ in changes):
         # Before the files, so that a kill after any of them leaves the reload to be made.
         return change(WriteFile(paths.CONSUL_RELOAD_PENDING, "", 0o600), *changes)
     return change(*changes)
+
+
+def _recovery(keys: str | None) -> Secret | None:
+    """The token for the local agent that a running Consul was given; no other reloads it."""
+    try:
+        return Secret(str(json.loads(keys or "")["acl"]["tokens"]["agent_master"]))
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _certificates(
@@ -171,7 +184,9 @@ def _why_new(seen: Seen, names: tuple[str, ...], lifetime_s: int, ca_not_after: 
 
 def _texts(seen: Seen, keys: Keys, own: NodeTokens, serial: int) -> list[WriteSecret]:
     """The files of keys and tokens, where they are not as they should be."""
-    in_use = keys.server_token or (own.tokens[own.in_use] if own.in_use else None)
+    in_use = keys.server_token or (
+        secrets.node_token(own.tokens[own.in_use], seen.hostname) if own.in_use else None
+    )
     tokens: dict[str, Any] = {"agent_master": own.recovery.reveal()}
     if in_use:
         tokens["agent"] = in_use.reveal()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import re
@@ -34,7 +35,7 @@ from tests.contract.surroundings import (
     write_keys,
 )
 from tests.lab import images
-from tests.lab.host import wait_until
+from tests.lab.host import Waiting, wait_until
 from tests.unit.fakes import (
     NOW,
     PKI,
@@ -142,13 +143,20 @@ def real_rig(network: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
     with one.running(leader=True):
         # Before the other node asks, which would remember for 30 s that it has no such token.
-        wait_until(one.agent.knows_token, SETTLE_S, "the server's token")
+        wait_until(lambda: known(one.agent), SETTLE_S, "the server's token")
         prepare(one.agent)
         with two.running(leader=False):
             two.agent.join(one.address)
             wait_until(lambda: two.agent.leader(), SETTLE_S, "the other node to know the leader")
             parts = one.agent, two.agent, one.address, two.address, DnsResolver()
             yield Rig(*parts, other_with, write)
+
+
+def known(agent: ConsulAgent) -> bool | Waiting:
+    try:
+        return agent.knows_token()
+    except HostError as error:  # for a moment the ACL system is in its legacy mode
+        return Waiting(error)
 
 
 @pytest.fixture(scope="module", params=["fake", REAL])
@@ -544,7 +552,7 @@ def test_a_worker_reads_what_is_for_workers_and_writes_what_is_its_own(
     assert set(restricted.get(SPEC.key_prefix)) == {own, shared}, "the rest is not even listed"
     assert restricted.transact(Op("set", own, "new"), Op("check-index", shared, index=_index(rig)))
     for key in (shared, *others, KEYS.state, "x"):
-        assert denied(lambda key=key: restricted.transact(Op("set", key, "new")))  # type: ignore[misc]
+        assert denied(functools.partial(restricted.transact, Op("set", key, "new")))
     both = (Op("set", own, "half"), Op("set", shared, "half"))
     assert denied(lambda: restricted.transact(*both))
     assert {key: rig.agent.get(SPEC.key_prefix)[key].value for key in (own, shared)} == {
@@ -588,7 +596,7 @@ def test_a_new_worker_can_only_ask(rig: Rig) -> None:
     assert new.knows_token()
     for key in (KEYS.state, KEYS.for_workers, KEYS.applied(OTHER), KEYS.next_request(OTHER)):
         assert rig.agent.transact(Op("set", key, "old"))
-        assert denied(lambda key=key: new.transact(Op("set", key, "new")))  # type: ignore[misc]
+        assert denied(functools.partial(new.transact, Op("set", key, "new")))
     assert new.transact(Op("set", KEYS.first_request("new"), "x"))
     assert all(key.startswith(f"{SPEC.key_prefix}enrol/") for key in new.get(SPEC.key_prefix))
     assert denied(lambda: new.register(Service("nodeagent", 0, (), {}, ttl_s=90)))
@@ -679,6 +687,27 @@ def test_a_reload_takes_keys_and_certificates(rig: Rig) -> None:
     rig.agent.reload()
     assert said.startswith("its certificate is refused here: ")
     assert rig.other.greet(rig.address, SERVER_NAME) == ""
+
+
+def test_a_reload_takes_the_recovery_token_and_the_one_before_is_worth_nothing(rig: Rig) -> None:
+    """So a node never makes itself another while Consul runs: it could not ask for the reload."""
+    new = str(uuid.uuid4())
+    old = rig.write({paths.CONSUL_KEYS: "", paths.CONSUL_TOKENS: ""})
+    keys, shown = (json.loads(old[path]) for path in (paths.CONSUL_KEYS, paths.CONSUL_TOKENS))
+    shown["agent"] = ""  # which is another call than the reload itself
+    rig.write({paths.CONSUL_TOKENS: json.dumps(shown)})
+    keys["acl"]["tokens"]["agent_master"] = new
+    rig.write({paths.CONSUL_KEYS: json.dumps(keys)})
+    assert rig.agent.self() is not None, "not before the reload"
+    rig.agent.reload()
+    assert denied(rig.agent.self)
+    assert denied(rig.agent.reload)
+    rig.write({paths.CONSUL_TOKENS: json.dumps(shown | {"recovery": new})})
+    assert rig.agent.self() is not None
+    rig.write({paths.CONSUL_KEYS: old[paths.CONSUL_KEYS]})
+    rig.agent.reload()
+    rig.write(old)
+    assert rig.agent.self() is not None
 
 
 def test_a_reload_of_files_that_are_wrong_is_an_error_and_changes_nothing(rig: Rig) -> None:

@@ -265,20 +265,23 @@ class ContainerRig:
     engine: ContainerEngine
     archive: Path
     halt: Callable[[str], object]  # stop a container without starting it again
+    refuse: Callable[[str], object]  # what a command says that fails
 
 
 TRAP = "trap 'exit 0' TERM; echo started; while :; do sleep 0.1; done"
 
 
-def container(script: str = TRAP, image: str = images.BOX_IMAGE, **changes: str) -> Container:
-    made = Container("probe", image, ("sh", "-c"), (script,), ("/tmp:/data:ro",), "0" * 64)
-    return replace(made, **changes)  # type: ignore[arg-type]
+def container(
+    script: str = TRAP, image: str = images.BOX_IMAGE, config_sha256: str = "0" * 64
+) -> Container:
+    return Container("probe", image, ("sh", "-c"), (script,), ("/tmp:/data:ro",), config_sha256)
 
 
 @pytest.fixture(params=["fake", REAL])
 def containers(request: pytest.FixtureRequest) -> Iterator[ContainerRig]:
     if request.param == "fake":
-        machine = World().machine(make_spec("server"), "10.10.0.11")
+        # It has not been given the keys without which a secured Consul does not start.
+        machine = World().machine(make_spec("server", security="off"), "10.10.0.11")
         machine.systemd.units[paths.SYSTEM_ENGINE_UNIT] = Unit("loaded", "active")
         archive = Path("/var/lib/archive")
         machine.files.write(archive, "", None)
@@ -288,12 +291,15 @@ def containers(request: pytest.FixtureRequest) -> Iterator[ContainerRig]:
         def halt(name: str) -> None:
             engine.containers[name] = replace(engine.containers[name], status="exited")
 
-        yield ContainerRig(engine, archive, halt)
+        def refuse(words: str) -> None:
+            machine.refuses = words
+
+        yield ContainerRig(engine, archive, halt, refuse)
         return
     first, _ = request.getfixturevalue("machines")
     real, archive = daemon(first), images.box_archive()
     assert real.load_image(archive) == (images.BOX_IMAGE,)
-    yield ContainerRig(real, archive, lambda name: first.sh(f"docker kill {name}"))
+    yield ContainerRig(real, archive, lambda name: first.sh(f"docker kill {name}"), str)
     first.sh("docker rm -f probe")
 
 
@@ -353,6 +359,35 @@ def test_a_stopped_container_is_started_again(containers: ContainerRig) -> None:
 def test_a_container_that_is_not_there_cannot_be_started(containers: ContainerRig) -> None:
     with pytest.raises(HostError):
         containers.engine.start_container("probe")
+
+
+def test_a_command_in_a_container_that_fails_says_why(containers: ContainerRig) -> None:
+    engine, says = containers.engine, "Zürich: no such key"
+    engine.run_container(container())
+    engine.execute("probe", "sh", "-c", "exit 0", "validate")
+    containers.refuse(says)
+    with pytest.raises(HostError) as caught:
+        engine.execute("probe", "sh", "-c", f"echo '{says}' >&2; exit 3", "validate")
+    assert caught.value.cause == says
+
+
+@pytest.mark.lab
+@needs_root
+def test_a_command_that_cannot_be_run_is_an_error(machines: tuple[Machine, Machine]) -> None:
+    engine = daemon(machines[0])
+    engine.load_image(images.box_archive())
+    engine.run_container(container())
+    try:
+        with pytest.raises(HostError, match="no-such-program"):
+            engine.execute("probe", "no-such-program", "validate")
+        engine.execute("probe", "sh", "-c", "echo said; exit 0")
+        machines[0].sh("docker kill probe")
+        with pytest.raises(HostError, match="not running"):
+            engine.execute("probe", "true", "validate")
+        with pytest.raises(HostError, match="none"):
+            engine.execute("none", "true", "validate")
+    finally:
+        machines[0].sh("docker rm -f probe")
 
 
 def test_a_container_without_its_image_is_an_error(containers: ContainerRig) -> None:

@@ -167,7 +167,35 @@ def test_a_unit_that_fails_is_named_and_says_why(rig: Rig, verb: str) -> None:
     assert rig.systemd.last_lines("runs.service", 5) == ()
 
 
+@pytest.mark.parametrize("kind", ["fake", "real"])
+def test_a_program_that_fails_says_why(kind: str) -> None:
+    machine, says = World().machine(make_spec("server"), "10.10.0.11"), "Zürich: no such key"
+    systemd: Systemd = machine.systemd if kind == "fake" else SystemdManager()
+    systemd.execute("sh", "-c", "exit 0", "validate")
+    machine.refuses = says
+    with pytest.raises(HostError, match="sh") as caught:
+        systemd.execute("sh", "-c", f"echo '{says}' >&2; exit 3", "validate")
+    assert caught.value.cause == says
+
+
 # -- what needs no fake
+
+
+def test_a_program_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(HostError, match="no-such-program"):
+        SystemdManager().execute("no-such-program", "validate")
+
+
+def test_what_a_program_says_counts_only_when_it_fails(tmp_path: Path) -> None:
+    SystemdManager().execute("sh", "-c", 'echo wrong >&2; touch "$0"', str(tmp_path / "done"))
+    assert (tmp_path / "done").exists()
+    with pytest.raises(HostError) as caught:
+        SystemdManager().execute("sh", "-c", "echo said; exit 7")
+    assert caught.value.cause == "said"
+    with pytest.raises(HostError) as caught:
+        SystemdManager().execute("sh", "-c", "exit 7")
+    assert caught.value.cause == "exit code 7"
+
 
 WATCH = """
 import sys, threading

@@ -16,12 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from nodeagent import secrets
+from nodeagent.adapters.pki import LocalPki
 from tests.lab import cluster, host, images
 from tests.lab.host import LabError, Process, Waiting, wait_until
 from tests.lab.lab import BRIDGE, PREFIX_BITS, Lab, Machine
 
 PREFIX = "nodeagent/demo/"
 MANAGER_TOKEN = f"{PREFIX}swarm/manager-token"
+NODE_TOKEN = "/var/lib/nodeagent/node-token.json"
 TOKENS = "/var/lib/nodeagent/consul/tokens.json"
 CONFIG = "/var/lib/nodeagent/consul/config"
 SYSTEM_ENGINE = ("docker", "-H", "unix:///run/nodeagent-engine/docker.sock")
@@ -119,6 +125,11 @@ def store(server: Machine) -> dict[str, tuple[int, str]]:
     """The whole KV by key: index of the last change, and value."""
     entries = as_server(server, "kv/?recurse&consistent")
     return {each["Key"]: (each["ModifyIndex"], each["Value"]) for each in entries}
+
+
+def managers_secret(server: Machine) -> bytes:
+    """The end of the managers' join token: what the workers' begins with is the same."""
+    return base64.b64decode(store(server)[MANAGER_TOKEN][1]).rpartition(b"-")[2]
 
 
 def members(server: Machine) -> dict[str, dict[str, Any]]:
@@ -311,14 +322,14 @@ def search(secrets: Mapping[str, bytes], *places: Path) -> dict[str, set[str]]:
     with tempfile.NamedTemporaryFile() as patterns:
         patterns.write(b"\n".join(names) + b"\n")
         patterns.flush()
-        # -o -b would need every pattern's text again: which file first, then which secret.
         said = host.run(
-            *("env", "LC_ALL=C", "grep", "-rlaFZ", "--devices=skip", "-f", patterns.name, "--"),
+            *("env", "LC_ALL=C", "grep", "-rlaFZ", "--devices=skip", "--exclude-dir=netns"),
+            *("-f", patterns.name, "--"),
             *places,
             check=False,
             timeout_s=300,
         )
-        if said.returncode > 1 and "Input/output error" not in said.stderr:
+        if said.returncode > 1:
             raise LabError(f"grep: {said.stderr[-500:]}")
     found = {}
     for file in filter(None, said.stdout.split("\0")):
@@ -371,3 +382,101 @@ def collect(to: Path, texts: Mapping[str, str | bytes]) -> None:
 def disk(machine: Machine) -> Iterable[Path]:
     """All that a machine has written, and what it keeps in memory as files."""
     return machine.upper, machine.volumes, cluster.inside(machine, "/run")
+
+
+# -- what there is to find, and where it could be -----------------------------------------------
+
+
+def servers_secrets(servers: list[Machine]) -> dict[str, bytes]:
+    """What only servers may have, by what it is; keys as they are and in base64."""
+    pki = LocalPki()
+    text = servers[0].read("/etc/nodeagent/secrets.json")
+    found = secrets.parse(text, "secrets.json", "server", pki)
+    assert isinstance(found, secrets.ServerSecrets)
+    named: dict[str, bytes] = {}
+    seeds = {seed.reveal() for purpose in secrets.PURPOSES for seed in found.seeds(purpose)}
+    for number, seed in enumerate(sorted({found.cluster_key.reveal(), *seeds})):
+        named[f"seed {number} in base64"] = seed.rstrip("=").encode()
+        named[f"seed {number}"] = base64.b64decode(seed)
+    number = pki._authority_key(found.seeds("ca")[0]).private_numbers().private_value
+    named["the CA's key"] = number.to_bytes(32, "big")
+    token = secrets.keys(found, pki).server_token
+    assert token is not None
+    named["server token"] = token.reveal().encode()
+    named["managers' join token"] = managers_secret(servers[0])
+    for server in servers:
+        own = json.loads(server.read(NODE_TOKEN))
+        named[f"recovery token of {server.name}"] = own["recovery"].encode()
+        pem = server.read(f"{CONFIG}/node.pem").encode()
+        key = serialization.load_pem_private_key(pem, None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        value = key.private_numbers().private_value
+        named[f"key of {server.name}"] = value.to_bytes(32, "big")
+    return named
+
+
+def workers_secrets(server: Machine, worker: Machine) -> dict[str, bytes]:
+    """What workers have too, and nobody else may."""
+    given = json.loads(worker.read("/etc/nodeagent/secrets.json"))
+    own = json.loads(worker.read(NODE_TOKEN))
+    key = serialization.load_pem_private_key(given["certificate"].encode(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    record = json.loads(base64.b64decode(store(server)[f"{PREFIX}worker/swarm"][1]))
+    named = {
+        "gossip key in base64": given["gossip_key"].rstrip("=").encode(),
+        "gossip key": base64.b64decode(given["gossip_key"]),
+        "enrolment token": given["enrolment"].encode(),
+        "key of the workers' certificate": key.private_numbers().private_value.to_bytes(32, "big"),
+        "workers' join token": record["token"].rpartition("-")[2].encode(),
+        f"recovery token of {worker.name}": own["recovery"].encode(),
+    }
+    for generation, token in own["tokens"].items():
+        named[f"token {generation} of {worker.name}"] = token.encode()
+    return named
+
+
+TOLD = (
+    "kv/?recurse",
+    "agent/self",
+    "agent/members",
+    "agent/metrics",
+    "agent/services",
+    "agent/checks",
+    "catalog/nodes",
+    "catalog/services",
+    "health/state/any",
+    "internal/ui/nodes",
+    "internal/ui/services",
+    "session/list",
+    "query",
+    "acl/token/self",
+)
+
+
+def gather(machine: Machine, tokens: tuple[str, ...], to: Path) -> None:
+    """Write down all that can be known on a machine but is not in its files."""
+    texts: dict[str, str | bytes] = {
+        "journal": machine.run("journalctl", "-o", "export", timeout_s=60).stdout,
+        "consul.log": "".join(
+            (said.stdout + said.stderr)
+            for said in [machine.run(*SYSTEM_ENGINE, "logs", "consul", check=False)]
+        ),
+        "consul.inspect": machine.run(*SYSTEM_ENGINE, "inspect", "consul").stdout,
+    }
+    for pid, words in processes(machine).items():
+        texts[f"{pid}.cmdline"] = words
+        with contextlib.suppress(OSError):
+            texts[f"{pid}.environ"] = Path(f"/proc/{pid}/environ").read_bytes()
+    for number, token in enumerate((None, *tokens)):
+        for path in TOLD:
+            texts[f"api.{number}.{path}"] = ask(machine, "GET", path, token=token).body
+    collect(to, texts)
+
+
+def remember(machine: Machine, to: Path) -> None:
+    """Write down the memory of the agent and of Consul."""
+    to.mkdir(parents=True)
+    found = processes(machine)
+    for name, mark in (("agent", "nodeagent run"), ("consul", "consul agent -config-dir")):
+        (pid,) = (pid for pid, words in found.items() if mark in words)
+        dump_memory(pid, to / name)

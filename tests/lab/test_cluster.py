@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from nodeagent import paths
 from nodeagent.steps import STEPS
 from tests.lab import cluster, images
 from tests.lab.host import Waiting, wait_until
@@ -194,6 +195,24 @@ def test_all_machines_lose_power_at_once_and_come_back(four: list[Machine]) -> N
     cluster.wait_ready(four)
     wait_listed_ready(four[0], [each.name for each in four])
     assert assert_one_swarm(four) == before
+
+
+def test_a_worker_whose_token_was_deleted_gets_another_as_its_sentence_says(
+    four: list[Machine],
+) -> None:
+    worker = four[-1]
+    cluster.forget_token(four[0], worker.name)
+
+    def sentence() -> str | Waiting:
+        said = cluster.status(worker)
+        is_blocked = said.get("state") == "blocked"
+        return str(said["sentence"]) if is_blocked else Waiting(str(said.get("sentence")))
+
+    worker.run("systemctl", "restart", "nodeagent")  # or it would look only half a minute later
+    cure = f"rm {paths.NODE_TOKEN}"
+    assert f"; {cure}" in wait_until(sentence, 60, "the agent to miss its token")
+    worker.sh(f"{cure}; systemctl restart nodeagent")
+    cluster.wait_ready([worker])
 
 
 def an_hour_later(lab: Lab, name: str, address: str) -> Machine:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from nodeagent.changes import Change
-from nodeagent.converge import MOST_ROUNDS, Cycle, StepResult, preview, run_cycle
+from nodeagent.converge import MOST_ROUNDS, Cycle, State, StepResult, preview, run_cycle
 from nodeagent.errors import HostError
 from nodeagent.host import Host
 from nodeagent.plan import Plan, Step, block, change, done, wait
@@ -146,8 +146,8 @@ def test_a_step_that_changes_back_and_forth_is_given_up_for_this_cycle() -> None
     assert states(cycle)["second"][0] == "held"
 
 
-def result(name: str, state: str, sentence: str = "so", fix: str = "") -> StepResult:
-    return StepResult(name, state, sentence, fix)  # type: ignore[arg-type]
+def result(name: str, state: State, sentence: str = "so", fix: str = "") -> StepResult:
+    return StepResult(name, state, sentence, fix)
 
 
 @pytest.mark.parametrize(

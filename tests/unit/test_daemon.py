@@ -294,11 +294,11 @@ def test_a_status_file_that_cannot_be_written_stops_nothing(
 
 def test_a_lock_that_cannot_be_made_is_tried_again(rig: Build) -> None:
     class NoLock(FakeFiles):
-        def try_lock(self, path: Path) -> object:  # type: ignore[override]
+        def try_lock(self, path: Path) -> object:  # type: ignore[override]  # it fails before it returns anything
             raise HostError("lock", path, "Read-only file system")
 
     found = rig(fixed(done("fine")))
-    found.loop.host = replace(found.loop.host, files=NoLock())  # type: ignore[arg-type]
+    found.loop.host = replace(found.loop.host, files=NoLock())  # type: ignore[arg-type]  # a part of them
     last = found.run(2)
     assert last.sentence == (
         "failing at lock: could not lock /run/nodeagent/lock: Read-only file system"

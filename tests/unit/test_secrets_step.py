@@ -152,9 +152,9 @@ def test_a_worker_shows_its_own_token_once_it_is_admitted() -> None:
     machine.files.write(paths.NODE_TOKEN, own_tokens(machine, "yes").dump().reveal(), 0o600)
     settle(machine)
     shown = file(machine, paths.CONSUL_TOKENS)
-    assert (shown["token"], shown["agent"]) == ("own", "own")
+    assert shown["token"] == shown["agent"] != worker_secrets().enrolment.reveal()
     assert file(machine, paths.CONSUL_KEYS)["acl"] == {
-        "tokens": {"agent_master": "recovery", "agent": "own"}
+        "tokens": {"agent_master": "recovery", "agent": shown["token"]}
     }
 
 
@@ -254,7 +254,12 @@ TOKENS_SWITCHED = replace(
     phase="switched",
     serial=2,
 )
-FIX_FILE = "user-data made with --secrets brings it; nodeagent secrets new makes a cluster's"
+FIX_FILE = "nodeagent secrets new makes a cluster's, user-data --secrets brings it to its machines"
+OPEN = [
+    "block /etc/nodeagent/secrets.json: others can read or change it; it must be a file of yours "
+    "or root's with mode 600",
+    "fix chmod 600 /etc/nodeagent/secrets.json",
+]
 KEYRING = (
     "block Consul keeps another cluster's gossip keys in "
     "/var/lib/nodeagent/consul/data/serf/local.keyring, and uses them before the one in "
@@ -321,13 +326,17 @@ KEYRING = (
             without(paths.CONSUL_AUTHORITIES), [PENDING, CA], id="somebody-removed-the-ca"
         ),
         pytest.param(
-            without(paths.CONSUL_CERTIFICATE), [issue("there is none")], id="no-certificate"
+            without(paths.CONSUL_CERTIFICATE),
+            [PENDING, issue("there is none")],
+            id="no-certificate",
         ),
         pytest.param(
-            write(paths.CONSUL_CERTIFICATE, ""), [issue("there is none")], id="it-is-empty"
+            write(paths.CONSUL_CERTIFICATE, ""), [PENDING, issue("there is none")], id="it-is-empty"
         ),
         pytest.param(
-            write(paths.CONSUL_CERTIFICATE, "junk"), [issue("there is none")], id="it-is-damaged"
+            write(paths.CONSUL_CERTIFICATE, "junk"),
+            [PENDING, issue("there is none")],
+            id="it-is-damaged",
         ),
         pytest.param(without(paths.CONSUL_KEYS), [PENDING, KEYS], id="somebody-removed-the-keys"),
         pytest.param(
@@ -376,20 +385,12 @@ KEYRING = (
         ),
         pytest.param(
             lambda machine: machine.files.modes.update({paths.SECRETS: 0o640}),
-            [
-                "block /etc/nodeagent/secrets.json: others than root can read or change it",
-                "fix chown root: /etc/nodeagent/secrets.json && chmod 600 "
-                "/etc/nodeagent/secrets.json; if it was read: nodeagent secrets rotate",
-            ],
+            OPEN,
             id="its-secrets-are-open-to-a-group",
         ),
         pytest.param(
             lambda machine: machine.files.modes.update({paths.SECRETS: 0o602}),
-            [
-                "block /etc/nodeagent/secrets.json: others than root can read or change it",
-                "fix chown root: /etc/nodeagent/secrets.json && chmod 600 "
-                "/etc/nodeagent/secrets.json; if it was read: nodeagent secrets rotate",
-            ],
+            OPEN,
             id="its-secrets-can-be-written-by-others",
         ),
         pytest.param(
@@ -432,11 +433,13 @@ def test_a_server_that_was_all_right(change: Alteration, wanted: list[str]) -> N
             id="new-tokens-ask-for-one-of-its-own-first",
         ),
         pytest.param(
-            without(paths.CONSUL_CERTIFICATE), [CERTIFICATE], id="somebody-removed-the-certificate"
+            without(paths.CONSUL_CERTIFICATE),
+            [PENDING, CERTIFICATE],
+            id="somebody-removed-the-certificate",
         ),
         pytest.param(
             write(paths.CONSUL_CERTIFICATE, "junk"),
-            [CERTIFICATE],
+            [PENDING, CERTIFICATE],
             id="somebody-damaged-the-certificate",
         ),
         pytest.param(
