@@ -25,8 +25,10 @@ def place() -> Iterator[Path]:
 
 
 def start(place: Path) -> subprocess.Popen[str]:
+    # A shell lets what it starts in the background ignore SIGINT, and its children after it.
+    interruptible = ("env", "--default-signal=INT")
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.lab.demo", str(place)],
+        [*interruptible, sys.executable, "-m", "tests.lab.demo", str(place)],
         cwd=cluster.PROJECT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -116,7 +116,8 @@ def test_tokens(four: list[Machine]) -> None:
         assert token(machine) != old[machine.name]
         assert ask(machine, place, token(machine))[0] == 200
         status, words = ask(machine, place, old[machine.name])
-        assert (status, words.removeprefix("rpc error making call: ")) == (403, "ACL not found")
+        assert status == 403
+        assert words.endswith("ACL not found")
         kept = machine.read("/var/lib/nodeagent/consul/config/keys.json")
         assert old[machine.name] not in kept
 
@@ -166,7 +167,8 @@ def test_a_rotation_killed_in_the_middle_goes_on_when_asked_again(
     old = secrets_of(server)["authorities"]
     with undisturbed(four):
         server.sh(
-            "systemd-run -q --unit=rotation -p StandardOutput=file:/run/rotation "
+            "systemd-run -q --collect --unit=rotation -p KillSignal=SIGKILL "
+            "-p StandardOutput=truncate:/run/rotation "
             "nodeagent secrets rotate ca"
         )
 
@@ -175,11 +177,10 @@ def test_a_rotation_killed_in_the_middle_goes_on_when_asked_again(
             return f"every node to {phase} the" in said or Waiting(said)
 
         wait_until(reached, 120, f"the rotation to wait for every node to {phase} the key")
-        server.run("systemctl", "kill", "-s", "KILL", "rotation", check=False)
-        server.run("systemctl", "reset-failed", "rotation", check=False)
+        server.run("systemctl", "stop", "rotation", check=False)
         cluster.wait_ready(four)  # in the middle of it
         if phase != "forget":  # by then everything is written, and the agents do the rest
-            assert secrets_of(server).get("rotating") == "ca"
+            assert json.loads(cluster.consul_kv(server, "secrets/state"))["rotating"] == "ca"
             rotate(server, "ca")
     assert secrets_of(server)["authorities"] != old
     assert len(secrets_of(server)["authorities"]) == 1

@@ -26,7 +26,7 @@ from tests.lab.host import Waiting, wait_until
 from tests.lab.lab import Machine
 from tests.lab.test_cluster import assert_one_swarm
 
-ROUNDS = 5
+ROUNDS = 3
 OFF = "security: off\n"
 SOCKET = "unix:///run/nodeagent-engine/docker.sock"
 FLOOR_CONFIG = paths.STATE / "floor" / "consul.json"
