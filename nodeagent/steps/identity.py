@@ -42,12 +42,14 @@ def diff(spec: Spec, seen: Seen) -> Plan:
         return block(seen.address_problem, fix=f"edit address in {paths.SPEC}")
     if not seen.machine_id or seen.machine_id == "uninitialized":
         return block(f"{paths.MACHINE_ID} is empty", fix="systemd-machine-id-setup, then reboot")
-    wanted = {"cluster": spec.cluster, "machine_id": seen.machine_id}
+    security = "on" if spec.is_secured else "off"
+    wanted = {"cluster": spec.cluster, "machine_id": seen.machine_id, "security": security}
     if seen.recorded is None:
         return change(WriteFile(paths.IDENTITY, json.dumps(wanted) + "\n", 0o600))
     try:
         recorded = json.loads(seen.recorded)
         cluster, machine_id = recorded["cluster"], recorded["machine_id"]
+        was = recorded.get("security", "off")  # it was the only value before there was a choice
     except (ValueError, TypeError, KeyError):
         return block(
             f"{paths.IDENTITY} does not say whose state this is",
@@ -63,6 +65,12 @@ def diff(spec: Spec, seen: Seen) -> Plan:
         return block(
             f"this node is in cluster {cluster}, and the spec says {spec.cluster}",
             fix=f"put cluster: {cluster} back into {paths.SPEC}",
+        )
+    if was != security:
+        return block(
+            f"security was {was} when this node was made, and the spec says {security}: a running "
+            "cluster cannot be switched",
+            fix=f"put it back in {paths.SPEC}, or make a new cluster",
         )
     return done(f"{seen.hostname} at {seen.address}")
 

@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import re
+import signal
 import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -208,7 +209,7 @@ def foreign_consul(
 ) -> Iterator[Consul]:
     """Run Consul on the network under a name of its own, with what lies on a machine's disk.
 
-    Ends it, and waits for nothing: what the cluster makes of it is the test's business.
+    Ends it; that the cluster has forgotten it is for `wait_forgotten` to see.
     """
     with contextlib.ExitStack() as stack:
         # Not below the lab's directory: what an earlier one left is no evidence.
@@ -223,7 +224,8 @@ def foreign_consul(
             "client_addr": "127.0.0.1",
             "ports": {"http": 18500, "dns": -1, "server": 8300, "serf_wan": -1},
             "disable_update_check": True,
-            "performance": {"raft_multiplier": 1},
+            "performance": {"raft_multiplier": 1, "leave_drain_time": "0s"},
+            "leave_on_terminate": True,
             "connect": {"enabled": False},
             "acl": {
                 "enabled": True,
@@ -255,7 +257,7 @@ def foreign_consul(
             log=log,
             groups=lab.make_service_groups(),
         )
-        stack.callback(process.kill)
+        stack.callback(_end, process)
         consul = Consul(namespace, directory, process, 18500, RECOVERY)
 
         def answers() -> bool | Waiting:
@@ -269,6 +271,14 @@ def foreign_consul(
         if starts:
             wait_until(answers, 30, f"the Consul of {name}")
         yield consul
+
+
+def _end(process: Process) -> None:
+    """Let it take its leave: a member that is just gone is missed for ten seconds."""
+    process.signal(signal.SIGTERM)
+    with contextlib.suppress(LabError):
+        wait_until(lambda: not process.alive, 10, "its leave")
+    process.kill()
 
 
 def wait_forgotten(server: Machine, name: str) -> None:

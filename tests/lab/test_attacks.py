@@ -21,7 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -76,12 +76,12 @@ class Loot:
     """What the attacker has found on the worker's disk."""
 
     worker: Machine
-    tokens: tuple[str, ...]
-    own: str  # the node's token
-    enrolment: str
+    tokens: tuple[str, ...] = field(repr=False)
+    own: str = field(repr=False)  # the node's token
+    enrolment: str = field(repr=False)
     generation: str
-    authority: str
-    pki: LocalPki
+    authority: str = field(repr=False)
+    pki: LocalPki = field(repr=False)
 
     def request(self, token: str, *, text: str = "") -> str:
         """A request to the servers for this token, or for what is none."""
@@ -492,8 +492,8 @@ def test_a_workers_certificate_opens_no_raft_stream(
 # -- names -----------------------------------------------------------------------------------
 
 
-def forget(server: Machine, node: str) -> None:
-    """Leave nothing of a node that a test has made up."""
+def drop(server: Machine, node: str) -> None:
+    """Take back what a request under a name that a test has made up has brought."""
     root = own_token(server)
     ask(server, "DELETE", f"kv/{PREFIX}enrol/{node}", token=root)
     for each in as_server(server, "acl/tokens"):
@@ -502,6 +502,11 @@ def forget(server: Machine, node: str) -> None:
     for each in as_server(server, "acl/policies"):
         if each["Name"].endswith(f"-node-{node}"):
             ask(server, "DELETE", f"acl/policy/{each['ID']}", token=root)
+
+
+def forget(server: Machine, node: str) -> None:
+    """Leave nothing of a node that a test has made up."""
+    drop(server, node)
     wait_forgotten(server, node)
 
 
@@ -540,27 +545,30 @@ def test_a_worker_gets_no_token_in_anothers_name(four: list[Machine], loot: Loot
     assert not is_unknown(worker, loot.own)
 
 
+NONSENSE: dict[str, Callable[[Loot], str]] = {
+    "no UUID": lambda _: "not-a-uuid",
+    "the token of whoever shows none": lambda _: "anonymous",
+    "a token that exists": lambda loot: loot.enrolment,
+}
+
+
 def test_a_worker_that_asks_for_nonsense_stops_no_server(
     lab: Lab, four: list[Machine], loot: Loot
 ) -> None:
     """Under a name that is still free: that one whoever has a worker's user-data can have."""
     server, node = four[0], "worker9"
-    nonsense = {
-        "no UUID": "not-a-uuid",
-        "a token that exists": loot.enrolment,
-        "the token of whoever shows none": "anonymous",
-    }
+    before = ask(server, "GET", "acl/token/self", token=loot.enrolment).json()["Policies"]
     try:
         with foreign_consul(lab, node, files=loot.worker):
             wait_member(server, node)
-            for text in nonsense.values():
-                loot.enrol(node, str(uuid.uuid4()), text=text)
-                assert loot.answer_to(server, node) != secrets.ADMITTED
-            cluster.wait_ready(four, 20)
-            token = str(uuid.uuid4())
+            for text in NONSENSE.values():
+                loot.enrol(node, str(uuid.uuid4()), text=text(loot))
+                loot.answer_to(server, node)
+                cluster.wait_ready(four, 20)
+                drop(server, node)
+            token, second = str(uuid.uuid4()), str(uuid.uuid4())
             loot.enrol(node, token)
             assert loot.answer_to(server, node) == secrets.ADMITTED
-            second = str(uuid.uuid4())
             loot.enrol(node, second)
             why = f"a machine named {node} has a token already"
             assert loot.answer_to(server, node) == why
@@ -569,6 +577,8 @@ def test_a_worker_that_asks_for_nonsense_stops_no_server(
             assert ask(loot.worker, "PUT", place, "x", token=token).status == 403
     finally:
         forget(server, node)
+    after = ask(server, "GET", "acl/token/self", token=loot.enrolment).json()["Policies"]
+    assert after == before
     cluster.wait_ready(four, 60)
 
 

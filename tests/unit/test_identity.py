@@ -13,7 +13,7 @@ from nodeagent.steps.identity import Seen
 from tests.unit.expect import said
 from tests.unit.fakes import World, make_spec
 
-OURS = '{"cluster": "demo", "machine_id": "0123456789abcdef"}'
+OURS = '{"cluster": "demo", "machine_id": "0123456789abcdef", "security": "on"}'
 BASE = Seen(
     machine_id="0123456789abcdef",
     hostname="server11",
@@ -55,6 +55,24 @@ UNREADABLE = [
                 "fix put cluster: other back into /etc/nodeagent/node.yaml",
             ],
             id="spec-of-another-cluster",
+        ),
+        pytest.param(
+            replace(BASE, recorded=OURS.replace('"on"', '"off"')),
+            [
+                "block security was off when this node was made, and the spec says on: a running "
+                "cluster cannot be switched",
+                "fix put it back in /etc/nodeagent/node.yaml, or make a new cluster",
+            ],
+            id="security-switched-on",
+        ),
+        pytest.param(
+            replace(BASE, recorded=OURS.replace(', "security": "on"', "")),
+            [
+                "block security was off when this node was made, and the spec says on: a running "
+                "cluster cannot be switched",
+                "fix put it back in /etc/nodeagent/node.yaml, or make a new cluster",
+            ],
+            id="made-before-there-was-a-choice",
         ),
         pytest.param(
             replace(BASE, address="", address_problem="address eth9 matches none"),
