@@ -355,8 +355,8 @@ class ConsulAgent(Protocol):
     def reload(self) -> None:
         """Have Consul read its keys and certificates again."""
 
-    def knows_token(self) -> bool:
-        """Whether Consul has the token that this program shows to it."""
+    def knows_token(self) -> bool | None:
+        """Whether Consul has the token that this program shows; None: it cannot say yet."""
 
     def policies(self) -> Mapping[str, str]:
         """The digest of each policy that this program made, by its name."""

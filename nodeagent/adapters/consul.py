@@ -33,8 +33,9 @@ TIMEOUT_S = 10  # above the 7 s for which Consul itself holds a call that finds 
 WATCH = "5m"
 WATCH_RETRY_S = 0.25  # while Consul does not answer; without a leader it holds the call for 7 s
 SERF_ALIVE, SERF_LEFT = 1, 3  # hashicorp/serf: MemberStatus
-RPC_PORT, RPC_TLS = 8300, b"\x03"  # consul agent/pool: the first byte says what follows
-GREETING_S = 1
+RPC_PORT, GOSSIP_PORT = 8300, 8301
+RPC_TLS = b"\x03"  # consul agent/pool: the first byte says what follows
+GREETING_S = 0.3  # it is asked in every round without a leader, which should not wait for it
 DEFINITION = "nodeagent-check"  # in a service's meta: Consul does not tell how a check was defined
 
 
@@ -137,30 +138,32 @@ class LocalConsul:
 
     def knock(self, address: str) -> str:
         try:
+            # Or Consul would try for many seconds, were nobody there.
+            with socket.create_connection((address, GOSSIP_PORT), GREETING_S):
+                pass
             self.join(address)
         except HostError as error:
             return error.cause if "keys could decrypt" in error.cause else ""
+        except OSError:
+            pass  # others say that nobody is there
         return ""
 
     def greet(self, address: str, name: str) -> str:
         try:
             authorities = self._config / paths.CONSUL_AUTHORITIES.name
             context = ssl.create_default_context(cafile=str(authorities))
+            # With 1.3 the refusal of a certificate would come after the handshake, some time.
+            context.maximum_version = ssl.TLSVersion.TLSv1_2
             context.load_cert_chain(self._config / paths.CONSUL_CERTIFICATE.name)
             with socket.create_connection((address, RPC_PORT), GREETING_S) as plain:
                 plain.sendall(RPC_TLS)
-                with context.wrap_socket(plain, server_hostname=name) as secured:
-                    # With TLS 1.3 a certificate that the other side refuses shows on a read.
-                    secured.settimeout(GREETING_S)
-                    secured.recv(1)
+                context.wrap_socket(plain, server_hostname=name).close()
         except ssl.SSLCertVerificationError as error:
             return f"its certificate is refused here: {error.verify_message}"
         except ssl.SSLError as error:
             return f"it refuses this node's certificate: {error.reason}"
-        except TimeoutError:
-            return ""  # it waits for a request: all is right. Or nobody is there, which others say
         except OSError:
-            return ""
+            pass
         return ""
 
     def get(self, prefix: str) -> Mapping[str, Entry]:
@@ -264,13 +267,15 @@ class LocalConsul:
                 path, body = "/v1/agent/token/agent", json.dumps({"Token": token})
                 client.http.put(consul.callback.CB.boolean(), path, data=body)
 
-    def knows_token(self) -> bool:
+    def knows_token(self) -> bool | None:
         try:
             with self._call("ask who this node is to") as client:
                 client.acl.token.read_self()
         except HostError as error:
             if isinstance(error.__cause__, consul.exceptions.ACLPermissionDenied):
                 return False
+            if "legacy mode" in error.cause:  # 1.8, for a moment after the first leader
+                return None
             raise
         return True
 

@@ -36,7 +36,7 @@ class Seen:
     servers_by_srv: tuple[str, ...] = ()
     join_addresses: tuple[str, ...] = ()  # where `join` says the servers are
     unresolved: tuple[str, ...] = ()
-    is_known: bool = True  # Consul has the token that this node shows
+    is_known: bool | None = True  # Consul has the token that this node shows; None: not yet said
     access: Access | None = None  # on a secured cluster's servers, once there is a leader
     voters: tuple[str, ...] | None = None  # asked for when more call themselves servers
     trouble: str = ""  # of this node's keys with those of the others
@@ -76,8 +76,8 @@ def observe(spec: Spec, host: Host) -> Seen:
 def _led(spec: Spec, host: Host, seen: Seen) -> Seen:
     """What there is to see once there is a leader."""
     if spec.is_secured and spec.is_server:
-        if not host.consul.knows_token():
-            return replace(seen, is_known=False)
+        if not (known := host.consul.knows_token()):
+            return replace(seen, is_known=known)
         servers = sum(member.server and member.alive for member in seen.members)
         voters = host.consul.voters() if servers > spec.servers else None
         seen = replace(seen, access=_access(spec, host), voters=voters)
@@ -87,8 +87,8 @@ def _led(spec: Spec, host: Host, seen: Seen) -> Seen:
     seen = replace(seen, servers_by_srv=host.resolver.consul_servers(spec.domain))
     if len(seen.servers_by_srv) < spec.majority:
         return seen
-    if spec.is_secured and not spec.is_server and not host.consul.knows_token():
-        return replace(seen, is_known=False)
+    if spec.is_secured and not spec.is_server and not (known := host.consul.knows_token()):
+        return replace(seen, is_known=known)
     # SRV records are answered from stale state too, so they count only beside a leader and a
     # read that went through it.
     host.consul.get(spec.key_prefix)
@@ -103,12 +103,14 @@ def _refusal(
         return ""
     others = [each for each in members if each.alive and each.address != address]
     if not others:
-        for place in joins:
-            if place != address and host.consul.knock(place):
-                return (
-                    f"{place} does not understand this node: the gossip key that it uses, of "
-                    f"{paths.SECRETS}, is not the cluster's"
-                )
+        places = [place for place in joins if place != address]
+        # One in each round, in turn: who is not there takes a while to find out.
+        place = places[int(host.clock.monotonic()) % len(places)] if places else ""
+        if place and host.consul.knock(place):
+            return (
+                f"{place} does not understand this node: the gossip key that it uses, of "
+                f"{paths.SECRETS}, is not the cluster's"
+            )
         return ""
     servers = [each.address for each in others if each.server]
     if len(servers) + spec.is_server < spec.majority:
@@ -136,6 +138,8 @@ def diff(spec: Spec, seen: Seen) -> Plan:
     if seen.trouble:
         return block(seen.trouble, fix=_BRING)
     if seen.leader:
+        if seen.is_known is None:
+            return wait("Consul to start its access rules")
         if not seen.is_known:
             return _unknown(spec)
         if seen.access is not None and (changes := _rules(spec, seen.access)):

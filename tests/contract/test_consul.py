@@ -25,6 +25,7 @@ from nodeagent.adapters.consul import TIMEOUT_S, LocalConsul
 from nodeagent.adapters.resolver import DnsResolver
 from nodeagent.errors import HostError, Secret
 from nodeagent.host import ConsulAgent, ContainerState, Op, Policy, Resolver, Service, Token
+from nodeagent.secrets import node_token
 from nodeagent.steps import access
 from nodeagent.steps.secrets import server_names
 from tests.contract.surroundings import (
@@ -53,8 +54,10 @@ SETTLE_S = 15  # for what Consul does soon, but not before it answers
 
 
 SPEC = make_spec("server", servers=1)
+OTHER = "worker3"  # the other node's name
 # A worker's own token, but with every right: what one with few may do is asked of another one.
 OWN = Secret(str(uuid.uuid4()))
+SHOWN = node_token(OWN, OTHER)  # what comes of it under this name
 EVERYBODY, ENROLMENT = access.policies(SPEC)
 
 
@@ -84,7 +87,7 @@ def prepare(agent: ConsulAgent) -> None:
         agent.put_policy(policy)
     for token in access.shared_tokens(SPEC, server_secrets(), PKI):
         agent.put_token(token)
-    agent.put_token(Token(str(uuid.uuid4()), (access.MANAGEMENT,), "the other node", OWN))
+    agent.put_token(Token(str(uuid.uuid4()), (access.MANAGEMENT,), "the other node", SHOWN))
     agent.put_token(Token(access.ANONYMOUS, (EVERYBODY.name,), "Anonymous Token"))
 
 
@@ -153,10 +156,7 @@ def real_rig(network: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def known(agent: ConsulAgent) -> bool | Waiting:
-    try:
-        return agent.knows_token()
-    except HostError as error:  # for a moment the ACL system is in its legacy mode
-        return Waiting(error)
+    return agent.knows_token() or Waiting("not known")  # None while the ACL system starts
 
 
 @pytest.fixture(scope="module", params=["fake", REAL])
@@ -440,7 +440,6 @@ def restricted(rig: Rig, policy: Policy) -> ConsulAgent:
     return rig.showing(secret)
 
 
-OTHER = "worker3"  # the other node's name
 KEYS = access.Keys(SPEC.key_prefix)
 
 
@@ -509,7 +508,7 @@ def test_a_token_of_a_policy_that_is_not_there_is_an_error(rig: Rig) -> None:
     assert accessor not in rig.agent.tokens()
 
 
-@pytest.mark.parametrize("secret", ["not a uuid", "x" * 5000, OWN.reveal()])
+@pytest.mark.parametrize("secret", ["not a uuid", "x" * 5000, SHOWN.reveal()])
 def test_not_every_text_can_be_a_token(rig: Rig, secret: str) -> None:
     accessor, text = str(uuid.uuid4()), Secret(secret)
     with pytest.raises(HostError, match="test"):

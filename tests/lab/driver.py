@@ -1,7 +1,8 @@
 """Runs `nodeagent run` inside a machine, and dies at a chosen change. Not part of the program.
 
 `/run/driver/die_after` holds after which change of this process, counted from 1, to die by
-SIGKILL; it dies once. While `/run/driver/hold` exists, the swarm step waits.
+SIGKILL; it dies once. While `/run/driver/hold` exists, the quorum step waits, and what follows it:
+what only one server has to do for the cluster, another one does.
 `/run/driver/changes` gets one line for every change that was made.
 """
 
@@ -50,7 +51,7 @@ def main() -> int:
             os.kill(os.getpid(), signal.SIGKILL)
 
     converge.make = apply
-    steps.STEPS = tuple(held(step) if step.name == "swarm" else step for step in steps.STEPS)
+    steps.STEPS = tuple(held(step) if step.name == "quorum" else step for step in steps.STEPS)
     return cli.main(["run"])
 
 

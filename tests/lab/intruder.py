@@ -224,7 +224,11 @@ def foreign_consul(
             "client_addr": "127.0.0.1",
             "ports": {"http": 18500, "dns": -1, "server": 8300, "serf_wan": -1},
             "disable_update_check": True,
-            "performance": {"raft_multiplier": 1, "leave_drain_time": "0s"},
+            "performance": {
+                "raft_multiplier": 1,
+                "leave_drain_time": "0s",
+                "rpc_hold_timeout": "500ms",
+            },
             "leave_on_terminate": True,
             "connect": {"enabled": False},
             "acl": {
@@ -439,9 +443,10 @@ def workers_secrets(server: Machine, worker: Machine) -> dict[str, bytes]:
         "key of the workers' certificate": key.private_numbers().private_value.to_bytes(32, "big"),
         "workers' join token": record["token"].rpartition("-")[2].encode(),
         f"recovery token of {worker.name}": own["recovery"].encode(),
+        f"token of {worker.name}": own_token(worker).encode(),
     }
     for generation, token in own["tokens"].items():
-        named[f"token {generation} of {worker.name}"] = token.encode()
+        named[f"what {worker.name} made up for {generation}"] = token.encode()
     return named
 
 

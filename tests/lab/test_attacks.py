@@ -40,6 +40,7 @@ from tests.lab.intruder import (
     PREFIX,
     STRANGER,
     SYSTEM_ENGINE,
+    TOKENS,
     UUID,
     Answer,
     Call,
@@ -124,13 +125,11 @@ def loot(four: list[Machine]) -> Loot:
         for file in files:
             found |= {each.decode() for each in UUID.findall(file.read_bytes())}
     given = json.loads(worker.read("/etc/nodeagent/secrets.json"))
-    own = json.loads((top / "node-token.json").read_text("utf-8"))
-    enrolment, token = given["enrolment"], own["tokens"][given["generation"]]
-    assert {enrolment, token, own["recovery"]} <= found, "the search finds what is there"
-    pki = LocalPki()
-    authority = given["authorities"][-1]
-    tokens = tuple(sorted(found))
-    return Loot(worker, tokens, token, enrolment, given["generation"], authority, pki)
+    shown = json.loads(worker.read(TOKENS))
+    enrolment, own = given["enrolment"], shown["token"]
+    assert {enrolment, own, shown["recovery"]} <= found, "the search finds what is there"
+    authority, tokens = given["authorities"][-1], tuple(sorted(found))
+    return Loot(worker, tokens, own, enrolment, given["generation"], authority, LocalPki())
 
 
 def kv_reads(key: str) -> list[Call]:
@@ -510,8 +509,13 @@ def forget(server: Machine, node: str) -> None:
     wait_forgotten(server, node)
 
 
-def is_unknown(asked: Machine, token: str) -> bool:
-    return ask(asked, "GET", "acl/token/self", token=token).status == 403
+def is_known(asked: Machine, token: str) -> bool:
+    return ask(asked, "GET", "acl/token/self", token=token).status == 200
+
+
+def granted(node: str, made_up: str) -> str:
+    """The token that a node has once its request is granted."""
+    return secrets.node_token(Secret(made_up), node).reveal()
 
 
 def wait_member(server: Machine, name: str, address: str = STRANGER) -> None:
@@ -534,7 +538,7 @@ def test_a_worker_gets_no_token_in_anothers_name(four: list[Machine], loot: Loot
             token = str(uuid.uuid4())
             loot.enrol(node, token)
             assert loot.answer_to(server, node) == why
-            assert is_unknown(worker, token)
+            assert not is_known(worker, granted(node, token))
     finally:
         as_server(server, f"kv/{PREFIX}enrol/server1", "DELETE")
         as_server(server, f"kv/{PREFIX}enrol/{worker.name}", "PUT", kept)
@@ -542,7 +546,7 @@ def test_a_worker_gets_no_token_in_anothers_name(four: list[Machine], loot: Loot
         place = f"kv/{PREFIX}nodes/{node}/token"
         said = ask(worker, "PUT", place, loot.request(str(uuid.uuid4())), token=loot.own)
         assert said.status == 403
-    assert not is_unknown(worker, loot.own)
+    assert is_known(worker, loot.own)
 
 
 NONSENSE: dict[str, Callable[[Loot], str]] = {
@@ -572,9 +576,12 @@ def test_a_worker_that_asks_for_nonsense_stops_no_server(
             loot.enrol(node, second)
             why = f"a machine named {node} has a token already"
             assert loot.answer_to(server, node) == why
-            assert is_unknown(server, second)
-            place = f"kv/{PREFIX}nodes/{loot.worker.name}/token"
-            assert ask(loot.worker, "PUT", place, "x", token=token).status == 403
+            assert not is_known(server, granted(node, second))
+            token = granted(node, token)
+            own, others = (f"kv/{PREFIX}nodes/{name}/x" for name in (node, loot.worker.name))
+            assert ask(loot.worker, "PUT", own, "x", token=token).text == "true"
+            assert ask(loot.worker, "PUT", others, "x", token=token).status == 403
+            assert ask(loot.worker, "DELETE", own, token=token).text == "true"
     finally:
         forget(server, node)
     after = ask(server, "GET", "acl/token/self", token=loot.enrolment).json()["Policies"]
@@ -582,7 +589,7 @@ def test_a_worker_that_asks_for_nonsense_stops_no_server(
     cluster.wait_ready(four, 60)
 
 
-def test_a_node_whose_name_makes_no_rule_stops_no_server(
+def test_a_name_that_no_rule_can_have_stops_no_server(
     lab: Lab, four: list[Machine], loot: Loot
 ) -> None:
     server, node = four[0], "db.example"
@@ -590,9 +597,13 @@ def test_a_node_whose_name_makes_no_rule_stops_no_server(
         with foreign_consul(lab, node, files=loot.worker):
             wait_member(server, node)
             loot.enrol(node, str(uuid.uuid4()))
-            loot.answer_to(server, node)
+            loot.enrol("server1", str(uuid.uuid4()))
+            assert loot.answer_to(server, "server1"), "the servers go on to the next"
+            tokens = [each["Description"] for each in as_server(server, "acl/tokens")]
+            assert [each for each in tokens if node in each] == []
             cluster.wait_ready(four, 20)
     finally:
+        drop(server, "server1")
         forget(server, node)
     cluster.wait_ready(four, 60)
 
@@ -610,6 +621,7 @@ def test_a_name_in_other_letters_is_the_same_name(
             loot.enrol(node, token)
             assert loot.answer_to(server, node) != secrets.ADMITTED
             moved = {"Node": node, "Address": STRANGER}
+            token = granted(node, token)
             assert ask(loot.worker, "PUT", "catalog/register", moved, token=token).status == 403
     finally:
         forget(server, node)
@@ -632,6 +644,7 @@ def test_the_name_of_a_server_that_is_down_is_taken(
             loot.enrol(down.name, token)
             assert loot.answer_to(server, down.name) != secrets.ADMITTED
             moved = {"Node": down.name, "Address": STRANGER}
+            token = granted(down.name, token)
             assert ask(loot.worker, "PUT", "catalog/register", moved, token=token).status == 403
     finally:
         forget(server, down.name)

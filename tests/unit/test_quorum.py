@@ -39,6 +39,61 @@ CLOUD = make_spec(join="['provider=digitalocean region=nyc3 tag_name=demo']")
         ),
         pytest.param(
             make_spec(),
+            replace(LED, is_known=None),
+            ["wait Consul to start its access rules"],
+            id="a-leader-that-has-only-just-come",
+        ),
+        pytest.param(
+            make_spec(),
+            replace(LED, is_known=False),
+            [
+                "block Consul does not know the server token that derives from "
+                "/etc/nodeagent/secrets.json: it was deleted, or the cluster was made with "
+                "another cluster key",
+                "fix compare with another server's file; if it is the same, restart Consul on the "
+                "leader, which makes the token again",
+            ],
+            id="a-server-of-another-cluster-key",
+        ),
+        pytest.param(
+            make_spec("worker"),
+            replace(LED, is_known=False),
+            [
+                "block Consul does not know the token that this node shows: it was deleted, the "
+                "cluster was made anew, or the tokens were rotated since this node's user-data was "
+                "made",
+                "fix rm /var/lib/nodeagent/node-token.json, and it asks for another; if that does "
+                "not help, bring newer user-data",
+            ],
+            id="a-worker-whose-token-was-deleted",
+        ),
+        pytest.param(
+            make_spec(),
+            replace(ALONE, trouble="10.10.0.12 does not understand this node"),
+            [
+                "block 10.10.0.12 does not understand this node",
+                "fix compare the date here and there; if it is right, bring secrets.json of a "
+                "server that is in the cluster (to a worker: newer user-data): nodeagent install "
+                "--secrets FILE",
+            ],
+            id="keys-that-do-not-fit",
+        ),
+        pytest.param(
+            make_spec(),
+            replace(
+                LED,
+                members=(SELF, SECOND, THIRD, replace(WORKER, server=True)),
+                servers_by_srv=("server11", "server12", "server13", "worker21"),
+                voters=("server11", "server12", "server13"),
+            ),
+            [
+                "done 4 of 3 servers, leader 10.10.0.12; calling themselves servers, without a "
+                "vote: worker21"
+            ],
+            id="a-worker-that-calls-itself-a-server",
+        ),
+        pytest.param(
+            make_spec(),
             replace(LED, servers_by_srv=("server11", "server12")),
             ["done 2 of 3 servers, leader 10.10.0.12"],
             id="majority-is-enough",
@@ -154,6 +209,70 @@ CLOUD = make_spec(join="['provider=digitalocean region=nyc3 tag_name=demo']")
 )
 def test_plan(spec: Spec, seen: Seen, plan: list[str]) -> None:
     assert said(quorum.diff(spec, seen)) == plan
+
+
+class Refused:
+    """Consul's agent on a machine with keys that are not the cluster's."""
+
+    def __init__(self, *others: Member, leader: str | None = "") -> None:
+        self.others, self.led, self.asked = others, leader, list[str]()
+
+    def leader(self) -> str:
+        if self.led is None:
+            raise HostError("ask", "Consul", "500 rpc error making call: EOF")
+        return self.led
+
+    def members(self) -> tuple[Member, ...]:
+        return (SELF, *self.others)
+
+    def knock(self, address: str) -> str:
+        self.asked.append(address)
+        return "No installed keys could decrypt the message"
+
+    def greet(self, address: str, name: str) -> str:
+        self.asked.append(f"{name} at {address}")
+        return "its certificate is refused here: certificate has expired"
+
+
+def refused(consul: Refused, spec: Spec) -> str:
+    machine = World().machine(spec, "10.10.0.11")
+    host = replace(machine.host, consul=consul)  # type: ignore[arg-type] # a part of one
+    return quorum.observe(spec, host).trouble
+
+
+def test_a_node_that_is_alone_knocks_at_one_other_in_each_round() -> None:
+    consul = Refused()
+    assert refused(consul, make_spec()).endswith(
+        "does not understand this node: the gossip key that it uses, of "
+        "/etc/nodeagent/secrets.json, is not the cluster's"
+    )
+    assert len(consul.asked) == 1
+    assert consul.asked[0] in JOIN[1:]
+
+
+@pytest.mark.parametrize("leader", ["", None], ids=["no-leader", "no-answer"])
+def test_a_node_among_servers_that_elect_nobody_looks_at_their_certificates(
+    leader: str | None,
+) -> None:
+    consul = Refused(SECOND, THIRD, leader=leader)
+    assert refused(consul, make_spec()) == (
+        "no encrypted connection to the server at 10.10.0.12: its certificate is refused here: "
+        "certificate has expired"
+    )
+    assert consul.asked == ["server.dc1.consul at 10.10.0.12"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "others"),
+    [
+        pytest.param(make_spec(security="off"), (), id="security-off"),
+        pytest.param(make_spec(), (WORKER,), id="too-few-servers-to-elect-one"),
+    ],
+)
+def test_nobody_is_asked_without_need(spec: Spec, others: tuple[Member, ...]) -> None:
+    consul = Refused(*others)
+    assert refused(consul, spec) == ""
+    assert not consul.asked
 
 
 def test_a_leader_without_a_working_read_is_no_quorum() -> None:
