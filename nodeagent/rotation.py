@@ -72,9 +72,14 @@ class Rotation:
 
     def forget(self, node: str) -> None:
         """Take a node's token from it, so that a machine of this name can ask for another."""
+        place = access.Keys(self.spec.key_prefix).server(node)
+        was_server = place in self.host.consul.get(place)
+        if was_server:  # one that is alive writes it again
+            self.host.consul.transact(Op("delete", place))
+            self.say(f"{node} is no server's name any more")
         tokens = self.host.consul.tokens().values()
         found = [token for token in tokens if token.description.split()[2:4] == ["node", node]]
-        if not found:
+        if not found and not was_server:
             raise UsageError(f"no machine named {node} has a token")
         for token in found:
             self.host.consul.delete_token(token.accessor)

@@ -36,7 +36,8 @@ class LocalNetwork:
         )
 
     def hostname(self) -> str:
-        return socket.gethostname().partition(".")[0]
+        # Consul's catalogue takes names that differ in case for the same, its rules do not.
+        return socket.gethostname().partition(".")[0].lower()
 
     def rules(self) -> tuple[Rule, ...]:
         try:

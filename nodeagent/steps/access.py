@@ -36,6 +36,7 @@ from nodeagent.secrets import (
     request_id,
 )
 from nodeagent.spec import Spec
+from nodeagent.steps.identity import NODE_NAME
 from nodeagent.steps.secrets import Found, read
 
 ANONYMOUS = "00000000-0000-0000-0000-000000000002"  # the token of whoever shows none
@@ -65,6 +66,10 @@ class Keys:
     def applied(self, node: str) -> str:
         """The serial of the secrets that this node uses."""
         return f"{self.prefix}nodes/{node}/secrets"
+
+    def server(self, node: str) -> str:
+        """There since this server first was one: gossip forgets who is away, and this does not."""
+        return f"{self.prefix}servers/{node}"
 
     def first_request(self, node: str) -> str:
         return f"{self.prefix}enrol/{node}"
@@ -202,6 +207,10 @@ def diff(spec: Spec, seen: Seen) -> Plan:
         return wait("Consul to use this node's new keys")
     changes: list[Change] = []
     if isinstance(found, ServerSecrets):
+        place = keys.server(seen.node)
+        if place not in seen.entries:
+            why = "keep this server's name from others"
+            changes.append(UpdateRecord(place, seen.node, 0, why))
         changes += _answers(spec, seen, keys)
         entry = seen.entries.get(keys.for_workers)
         if found.serial > (json.loads(entry.value)["serial"] if entry else 0):
@@ -244,8 +253,7 @@ _READMIT = (
 )
 
 
-# Names that a policy's name can contain; what is asked under any other is junk.
-_REQUEST = re.compile(r"enrol/([A-Za-z0-9_-]{1,64})|nodes/([A-Za-z0-9_-]{1,64})/token")
+_REQUEST = re.compile(r"enrol/([^/]+)|nodes/([^/]+)/token")
 
 
 def _requests(keys: Keys, entries: Mapping[str, Entry]) -> Iterator[tuple[str, str, Request]]:
@@ -275,7 +283,7 @@ def _answers(spec: Spec, seen: Seen, keys: Keys) -> Iterator[Change]:
                 changes = [PutPolicy(policy), PutToken(token)]
         if answer != request.answer:
             value = replace(request, answer=answer or "").dump()
-            why = f"admit {node}" if answer == ADMITTED else f"refuse {node}: {answer}"
+            why = f"admit {node}" if answer == ADMITTED else f"refuse {node[:64]!r}: {answer}"
             yield from changes
             yield UpdateRecord(key, value, seen.entries[key].index, why)
 
@@ -285,6 +293,8 @@ def _refusal(
 ) -> str | None:
     """Why a request is refused; ADMITTED when it is not; None when that cannot be said yet."""
     assert seen.found is not None
+    if not re.fullmatch(NODE_NAME, node):
+        return "its name is none that a node can have"
     is_first = key == keys.first_request(node)
     names = (token.description.split() for token in seen.tokens.values())
     has_one = any(words[2:4] == ["node", node] for words in names)
@@ -295,7 +305,7 @@ def _refusal(
     member = next((each for each in seen.members if each.name == node and each.alive), None)
     if member is None:
         return None
-    if member.server:
+    if member.server or keys.server(node) in seen.entries:
         return f"{node} is the name of a server"
     if key not in seen.unsealed:
         return "it asks the servers of another cluster"

@@ -295,6 +295,7 @@ def render(spec: Spec, address: str, hostname: str) -> str:
         "bind_addr": address,
         "advertise_addr": address,
         "client_addr": "127.0.0.1",
+        "ports": {"serf_wan": -1},  # one datacenter; a port that nobody needs
         "data_dir": "/consul/data" if in_container else str(paths.CONSUL_DATA),
         "retry_join": [entry for entry in spec.join if entry != address and not is_name(entry)],
         "retry_interval": "500ms",

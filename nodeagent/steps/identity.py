@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 
 from nodeagent import paths
@@ -11,6 +12,8 @@ from nodeagent.changes import WriteFile
 from nodeagent.host import Host
 from nodeagent.plan import Plan, Step, block, change, done
 from nodeagent.spec import Spec
+
+NODE_NAME = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"  # RFC 1123; Network.hostname() is lower case
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ def observe(spec: Spec, host: Host) -> Seen:
 def diff(spec: Spec, seen: Seen) -> Plan:
     if seen.address_problem:
         return block(seen.address_problem, fix=f"edit address in {paths.SPEC}")
+    if not re.fullmatch(NODE_NAME, seen.hostname):
+        return block(
+            f"the host name {seen.hostname!r} cannot name a node: letters, digits and dashes can",
+            fix="hostnamectl set-hostname NAME",
+        )
     if not seen.machine_id or seen.machine_id == "uninitialized":
         return block(f"{paths.MACHINE_ID} is empty", fix="systemd-machine-id-setup, then reboot")
     security = "on" if spec.is_secured else "off"

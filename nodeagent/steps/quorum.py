@@ -144,7 +144,10 @@ def diff(spec: Spec, seen: Seen) -> Plan:
             return _unknown(spec)
         if seen.access is not None and (changes := _rules(spec, seen.access)):
             return change(*changes)
-        named = len(seen.servers_by_srv)
+        named = sum(
+            seen.voters is None or name.partition(".")[0] in seen.voters
+            for name in seen.servers_by_srv
+        )
         if named < spec.majority:
             return wait(
                 f"DNS to name a majority of the servers: consul.service.{spec.domain} has "

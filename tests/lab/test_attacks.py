@@ -932,8 +932,6 @@ LISTENERS = {
     "server": EVERYWHERE
     | {
         ("tcp", "cluster", 8300, "consul"),
-        ("tcp", "cluster", 8302, "consul"),  # gossip between datacenters, with the same key
-        ("udp", "cluster", 8302, "consul"),
         ("tcp", "cluster", 2377, "dockerd"),
     },
 }
@@ -964,7 +962,7 @@ def test_a_stranger_is_refused_by_every_port_that_nodes_alone_use(
     lab: Lab, four: list[Machine]
 ) -> None:
     """Consul's HTTP and DNS and the Engine's API among them."""
-    for machine, ports in ((four[0], CLOSED_PORTS), (four[-1], (*CLOSED_PORTS, 2377, 8300, 8302))):
+    for machine, ports in ((four[0], CLOSED_PORTS), (four[-1], (*CLOSED_PORTS, 2377, 8300))):
         for port in ports:
             with socket_in(lab.netns_path) as plain, pytest.raises(ConnectionRefusedError):
                 plain.connect((machine.address, port))

@@ -48,7 +48,6 @@ ALLOWED = {
     "worker": EVERYWHERE,
     "server": EVERYWHERE
     | {
-        "/var/lib/nodeagent/consul/data/serf/remote.keyring",
         "/var/lib/nodeagent/consul/data/raft/raft.db",
     },
 }

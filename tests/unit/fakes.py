@@ -505,6 +505,8 @@ class FakeConsul:
             ):
                 return False
         for op in ops:
+            if op.verb == "delete":
+                kv.pop(op.key, None)
             if op.verb in ("set", "cas", "lock"):
                 old = kv.get(op.key)
                 new = Entry(op.value, 0, op.session or (old.session if old else ""))

@@ -14,7 +14,7 @@ from nodeagent import paths, secrets
 from nodeagent.changes import Change
 from nodeagent.converge import Cycle, make, run_cycle
 from nodeagent.errors import HostError, Secret
-from nodeagent.host import ConsulAgent, Entry, Host, Op, Policy, Service, Token
+from nodeagent.host import ConsulAgent, ContainerState, Entry, Host, Op, Policy, Service, Token
 from nodeagent.secrets import ADMITTED, NodeTokens, Request, ServerSecrets, request_id
 from nodeagent.steps import STEPS, access, swarm
 from tests.unit.expect import said
@@ -59,7 +59,8 @@ def newcomer(world: World, name: str = "") -> Machine:
         world.machines[name] = world.machines.pop(machine.name)
         machine.name = name
     run_cycle(machine.spec, machine.host, STEPS[:4], lambda _: None)
-    assert machine.consul_is_up
+    if not machine.consul_is_up:  # under a name that the agent refuses, somebody runs it by hand
+        machine.system_engine.containers["consul"] = ContainerState("", "running")
     return machine
 
 

@@ -87,7 +87,7 @@ CLOUD = make_spec(join="['provider=digitalocean region=nyc3 tag_name=demo']")
                 voters=("server11", "server12", "server13"),
             ),
             [
-                "done 4 of 3 servers, leader 10.10.0.12; calling themselves servers, without a "
+                "done 3 of 3 servers, leader 10.10.0.12; calling themselves servers, without a "
                 "vote: worker21"
             ],
             id="a-worker-that-calls-itself-a-server",
