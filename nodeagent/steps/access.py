@@ -283,9 +283,14 @@ def _answers(spec: Spec, seen: Seen, keys: Keys) -> Iterator[Change]:
                 changes = [PutPolicy(policy), PutToken(token)]
         if answer != request.answer:
             value = replace(request, answer=answer or "").dump()
-            why = f"admit {node}" if answer == ADMITTED else f"refuse {node[:64]!r}: {answer}"
+            why = f"admit {node}" if answer == ADMITTED else f"refuse {_name(node)}: {answer}"
             yield from changes
             yield UpdateRecord(key, value, seen.entries[key].index, why)
+
+
+def _name(node: str) -> str:
+    """A node's name as the log can take it: what is asked under others is anybody's text."""
+    return node if re.fullmatch(NODE_NAME, node) else "a request"
 
 
 def _refusal(
