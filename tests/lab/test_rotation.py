@@ -220,7 +220,7 @@ def certificate(pem: str) -> str:
 
 @pytest.mark.full
 def test_certificates_of_two_minutes_are_renewed_again_and_again(four: list[Machine]) -> None:
-    """Three of them one after another on each server; nobody drops a leader for it."""
+    """Again and again on each server; nobody drops a leader for it."""
     servers = four[:3]
     spec = {server.name: server.read("/etc/nodeagent/node.yaml") for server in servers}
     renewals = dict.fromkeys(spec, 0)
@@ -236,11 +236,11 @@ def test_certificates_of_two_minutes_are_renewed_again_and_again(four: list[Mach
             now = served(server)
             renewals[server.name] += now != last[server.name]
             last[server.name] = now
-        return min(renewals.values()) >= 3 or Waiting(str(renewals))
+        return min(renewals.values()) >= 2 or Waiting(str(renewals))
 
     try:
         with undisturbed(four):
-            wait_until(renewed, 600, "each server's certificate to be renewed three times")
+            wait_until(renewed, 600, "each server's certificate to be renewed twice")
             assert "valid for 1 more minutes" in servers[0].run("nodeagent", "status").stdout
     finally:
         for server in servers:
