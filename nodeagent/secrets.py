@@ -176,6 +176,13 @@ def node_token(made_up: Secret, node: str) -> Secret:
     return Secret(str(uuid.UUID(bytes=digest[:16])))
 
 
+def own_token(keys: Keys, own: NodeTokens, node: str) -> Secret | None:
+    """The token in Consul that is this node's; None on a worker that has none yet."""
+    if keys.server_token or not own.in_use:
+        return keys.server_token
+    return node_token(own.tokens[own.in_use], node)
+
+
 def request_id(token: Secret) -> str:
     return hashlib.sha256(token.reveal().encode()).hexdigest()[:16]
 

@@ -124,14 +124,18 @@ def accessor(spec: Spec, description: str) -> str:
     return str(uuid.uuid5(_NAMESPACE, f"{spec.cluster} {description}"))
 
 
-def stale(found: ServerSecrets, pki: Pki, tokens: Mapping[str, Token]) -> Iterator[Token]:
+def stale(
+    spec: Spec, found: ServerSecrets, pki: Pki, tokens: Mapping[str, Token]
+) -> Iterator[Token]:
     """Tokens that derive from seeds that are no longer accepted, or that were asked for then."""
     generations = {secrets.generation(pki, seed) for seed in found.seeds("tokens")}
+    # The one that Consul made itself is the old one, if ours in use is another.
+    ours = {accessor(spec, f"{OURS} {generation} server") for generation in generations}
+    was_replaced = len(ours) == 1 and ours <= set(tokens)
     for token in tokens.values():
         words = token.description.split()
         is_ours = len(words) >= 3 and words[0] == OURS
         is_first = token.description in MASTER and token.policies == (MANAGEMENT,)
-        was_replaced = "tokens" in found.rotated and len(generations) == 1
         if (is_ours and words[1] not in generations) or (is_first and was_replaced):
             yield token
 
@@ -154,20 +158,16 @@ def observe(spec: Spec, host: Host) -> Seen:
     node, keys = host.network.hostname(), Keys(spec.key_prefix)
     if not spec.is_secured:
         return Seen(node)
-    found = read(spec, host)
-    own = NodeTokens.parse(host.files.read(paths.NODE_TOKEN) or "")
-    shown = json.loads(host.files.read(paths.CONSUL_TOKENS) or "{}")
-    token = found.keys.server_token or (
-        secrets.node_token(own.tokens[own.in_use], node) if own.in_use else None
-    )
+    found, own = read(spec, host)
+    token = secrets.own_token(found.keys, own, node)
+    shown = _serial_and_token(host.files.read(paths.CONSUL_TOKENS))
     entries = host.consul.get(spec.key_prefix)
     seen = Seen(
         node,
         found,
         entries,
         own,
-        is_applied=shown.get("serial") == found.secrets.serial
-        and shown.get("token") == (token or found.keys.enrolment).reveal()
+        is_applied=shown == (found.secrets.serial, token or found.keys.enrolment)
         and not host.files.exists(paths.CONSUL_RELOAD_PENDING),
     )
     place = keys.state if spec.is_server else keys.for_workers
@@ -188,6 +188,15 @@ def observe(spec: Spec, host: Host) -> Seen:
     return replace(
         seen, members=host.consul.members(), tokens=host.consul.tokens(), unsealed=unsealed
     )
+
+
+def _serial_and_token(text: str | None) -> tuple[int, Secret] | None:
+    """Of secrets that were written down; None for any other text."""
+    try:
+        data = json.loads(text or "")
+        return int(data["serial"]), Secret(str(data.get("token", "")))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def diff(spec: Spec, seen: Seen) -> Plan:
@@ -213,7 +222,8 @@ def diff(spec: Spec, seen: Seen) -> Plan:
             changes.append(UpdateRecord(place, seen.node, 0, why))
         changes += _answers(spec, seen, keys)
         entry = seen.entries.get(keys.for_workers)
-        if found.serial > (json.loads(entry.value)["serial"] if entry else 0):
+        published = _serial_and_token(entry.value if entry else None) or (0, None)
+        if found.serial > published[0]:
             index = entry.index if entry else 0
             changes.append(PublishWorkerSecrets(keys.for_workers, found, spec, index))
     applied = seen.entries.get(keys.applied(seen.node))

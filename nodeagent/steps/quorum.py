@@ -123,14 +123,14 @@ def _refusal(
 
 
 def _access(spec: Spec, host: Host) -> Access:
-    found = read(spec, host).secrets
+    found = read(spec, host)[0].secrets
     assert isinstance(found, ServerSecrets)
     tokens = host.consul.tokens()
     return Access(
         host.consul.policies(),
         tokens,
         access.shared_tokens(spec, found, host.pki),
-        tuple(access.stale(found, host.pki, tokens)),
+        tuple(access.stale(spec, found, host.pki, tokens)),
     )
 
 

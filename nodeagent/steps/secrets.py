@@ -56,7 +56,7 @@ def observe(spec: Spec, host: Host) -> Seen:
     if not spec.is_secured:
         return Seen(hostname, now)
     try:
-        found = read(spec, host)
+        found = _read(spec, host)
     except SpecError as error:
         return Seen(hostname, now, error.problems[0])
     files = {path: host.files.read(path) for path in _FILES}
@@ -78,8 +78,21 @@ def observe(spec: Spec, host: Host) -> Seen:
     )
 
 
-def read(spec: Spec, host: Host) -> Found:
-    """Return this node's secrets; raises SpecError when they are missing, open or wrong."""
+def read(spec: Spec, host: Host) -> tuple[Found, NodeTokens]:
+    """Return this node's secrets, for the steps after this one.
+
+    Raises HostError when they have gone or changed since this step was done: it is tried again.
+    """
+    try:
+        return _read(spec, host), NodeTokens.parse(host.files.read(paths.NODE_TOKEN) or "")
+    except SpecError as error:
+        raise HostError("read", paths.SECRETS, error.sentence) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise HostError("read", paths.NODE_TOKEN, "it is damaged or gone") from error
+
+
+def _read(spec: Spec, host: Host) -> Found:
+    """Raises SpecError when the secrets are missing, open or wrong."""
     found = secrets.load(paths.SECRETS, spec.role, host.files, host.pki)
     authorities = tuple(host.pki.certificates(each)[0] for each in found.authorities)
     generations: tuple[str, ...] = ()
@@ -184,9 +197,7 @@ def _why_new(seen: Seen, names: tuple[str, ...], lifetime_s: int, ca_not_after: 
 
 def _texts(seen: Seen, keys: Keys, own: NodeTokens, serial: int) -> list[WriteSecret]:
     """The files of keys and tokens, where they are not as they should be."""
-    in_use = keys.server_token or (
-        secrets.node_token(own.tokens[own.in_use], seen.hostname) if own.in_use else None
-    )
+    in_use = secrets.own_token(keys, own, seen.hostname)
     tokens: dict[str, Any] = {"agent_master": own.recovery.reveal()}
     if in_use:
         tokens["agent"] = in_use.reveal()

@@ -12,7 +12,7 @@ from nodeagent.errors import HostError, UsageError
 from nodeagent.host import Op
 from nodeagent.rotation import Rotation
 from nodeagent.secrets import PURPOSES, Purpose, ServerSecrets, WorkerSecrets
-from nodeagent.steps import STEPS, access
+from nodeagent.steps import STEPS, access, quorum
 from tests.unit.fakes import PKI, Machine, World, make_spec
 
 ADDRESSES = ("10.10.0.11", "10.10.0.12", "10.10.0.13")
@@ -196,6 +196,33 @@ def test_a_worker_made_from_old_user_data_is_told_why_it_is_not_admitted() -> No
         cycle = run_cycle(late.spec, late.host, STEPS, lambda _: None)
     assert cycle.is_blocked
     assert "the tokens were rotated since this node's user-data was made" in cycle.sentence
+
+
+def test_servers_whose_consul_was_wiped_after_a_rotation_do_not_lock_themselves_out() -> None:
+    """Consul then makes the token that is in use itself, as on the first day."""
+    world = cluster()
+    rotation(world)[0].rotate("tokens")
+    settle(world)
+    world.kv.clear()
+    world.policies.clear()
+    world.tokens = {access.ANONYMOUS: World().tokens[access.ANONYMOUS]}
+    servers = [machine for machine in world.machines.values() if machine.spec.is_server]
+    for machine in servers:
+        machine.consul.load()  # it is started again
+    for _ in range(5):
+        cycles(world)
+    assert [machine.consul.knows_token() for machine in servers] == [True, True, True]
+
+
+def test_secrets_that_go_away_in_the_middle_of_a_round_are_missed_and_not_died_of() -> None:
+    world = cluster()
+    machine = world.machines["server11"]
+    for path in (paths.SECRETS, paths.NODE_TOKEN):
+        text = machine.files.texts.pop(path)
+        for step in (quorum.STEP, access.STEP):
+            with pytest.raises(HostError, match=path.name):
+                step.observe(machine.spec, machine.host)
+        machine.files.write(path, text, 0o600)
 
 
 def test_join_tokens_are_rotated_and_published() -> None:

@@ -12,6 +12,7 @@ import pytest
 from nodeagent import paths
 from nodeagent.errors import Secret
 from nodeagent.secrets import (
+    Keys,
     NodeTokens,
     ServerSecrets,
     WorkerSecrets,
@@ -107,15 +108,22 @@ def test_a_workers_first_boot() -> None:
     assert settle(machine) == ["done certificate valid for 7300 more days"]
 
 
+def derived(machine: Machine) -> Keys:
+    """What derives from the secrets of this machine."""
+    found = secrets.observe(machine.spec, machine.host).found
+    assert found is not None
+    return found.keys
+
+
 def own_tokens(machine: Machine, in_use: str = "") -> NodeTokens:
     """As a worker makes them; `in_use` once servers have admitted it."""
-    generation = secrets.read(machine.spec, machine.host).keys.generation
+    generation = derived(machine).generation
     return NodeTokens(Secret("recovery"), {generation: Secret("own")}, in_use and generation)
 
 
 def test_a_server_shows_the_servers_token_and_a_new_worker_the_user_datas() -> None:
     server, worker = settled(), settled("worker")
-    keys = secrets.read(server.spec, server.host).keys
+    keys = derived(server)
     assert keys.server_token is not None
     own = NodeTokens.parse(server.files.texts[paths.NODE_TOKEN])
     assert file(server, paths.CONSUL_TOKENS) == {
