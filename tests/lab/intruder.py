@@ -310,9 +310,12 @@ def disguises(secret: bytes) -> set[bytes]:
     before and after, are left out.
     """
     half = len(secret) // 2
-    found: set[bytes] = set()
+    # grep takes one pattern a line: of raw bytes, the longest piece that is one.
+    found = {max(secret.split(b"\n"), key=len)}
     for part in (secret[:half], secret[half:]):
-        forms = {part, part.hex().encode(), part.hex().upper().encode()}
+        forms = {part.hex().encode(), part.hex().upper().encode()}
+        if part.isascii():  # a text, which may be broken into lines
+            forms.add(part)
         for shift in range(3):
             whole = base64.b64encode(b"\0" * shift + part + b"\0" * 3)
             first, last = (8 * shift + 5) // 6, (8 * (shift + len(part))) // 6
@@ -321,8 +324,7 @@ def disguises(secret: bytes) -> set[bytes]:
             for again in range(3):  # base64 of base64, as user-data in metadata is
                 outer = base64.b64encode(b"\0" * again + inner + b"\0" * 3)
                 forms.add(outer[(8 * again + 5) // 6 : (8 * (again + len(inner))) // 6])
-        # grep takes one pattern a line: of raw bytes, the longest piece that is one.
-        found |= {max(form.split(b"\n"), key=len) for form in forms}
+        found |= forms
     short = [form for form in found if len(form) < 8]
     assert not short, "too short a piece to be told from chance"
     return found

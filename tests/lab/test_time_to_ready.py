@@ -38,7 +38,7 @@ FORGET = f"""
 systemctl stop nodeagent
 docker swarm leave --force >/dev/null 2>&1 || true
 docker -H {SOCKET} rm -f consul >/dev/null 2>&1 || true
-rm -rf {paths.CONSUL} {paths.NODE_TOKEN} {paths.STATUS}
+rm -rf {paths.CONSUL} {paths.IDENTITY} {paths.NODE_TOKEN} {paths.STATUS}
 """
 
 FLOOR = f"""
