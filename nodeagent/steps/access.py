@@ -236,7 +236,7 @@ def diff(spec: Spec, seen: Seen) -> Plan:
     if not spec.is_server:
         return done("this node has its own token in Consul")
     nodes = sum(token.description.split()[2:3] == ["node"] for token in seen.tokens.values())
-    return done(f"servers may do everything in Consul, {nodes} workers what their tokens allow")
+    return done(f"servers may do everything in Consul; workers with a token: {nodes}")
 
 
 def _ask(seen: Seen, keys: Keys, found: WorkerSecrets, own: NodeTokens) -> Plan:

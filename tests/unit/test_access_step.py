@@ -27,7 +27,7 @@ OTHER = secrets.new(PKI, NOW)  # another cluster
 TOKEN = Secret("6f1b9f0e-2d1c-4c55-9d64-0d7a3b1f2a11")
 ID = request_id(TOKEN)
 POLICY = "do set Consul's access policy nodeagent-demo-node-worker22"
-DONE = "done servers may do everything in Consul, 1 workers what their tokens allow"
+DONE = "done servers may do everything in Consul; workers with a token: 1"
 TAKEN = "a machine named worker21 has a token already"
 
 
@@ -334,7 +334,7 @@ def test_several_servers_admit_a_node_once() -> None:
             change.apply(server(world).host)
     assert len([each for each in world.tokens.values() if "worker22" in each.description]) == 1
     assert plan(server(world)) == [
-        "done servers may do everything in Consul, 2 workers what their tokens allow"
+        "done servers may do everything in Consul; workers with a token: 2"
     ]
 
 
