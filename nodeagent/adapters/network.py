@@ -8,17 +8,16 @@ import json
 import select
 import socket
 import struct
-import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import psutil
 
+from nodeagent.adapters.program import run
 from nodeagent.errors import HostError
 from nodeagent.host import Interface, Rule
 
-TIMEOUT_S = 10
 WATCH_PAUSE_S = 5  # before listening again after an error
 
 RTMGRP_IPV4_RULE, RTM_DELRULE = 0x80, 33  # linux/rtnetlink.h
@@ -41,8 +40,10 @@ class LocalNetwork:
 
     def rules(self) -> tuple[Rule, ...]:
         try:
-            listed = json.loads(_run("ip", "-json", "-4", "rule", "show"))
+            listed = json.loads(run("ip", "-json", "-4", "rule", "show"))
             return tuple(_rule(entry) for entry in listed)
+        except HostError as error:
+            raise HostError("read", "the routing rules", error.cause) from error
         except (ValueError, TypeError, KeyError) as error:
             raise HostError("read", "the routing rules", f"unclear: {error!r}") from error
 
@@ -80,25 +81,3 @@ _NO_SELECTORS = ("priority", "action", "table", "protocol")
 def _tells_of_a_loss(message: bytes) -> bool:
     _length, kind = struct.unpack_from("=IH", message)  # netlink(7), struct nlmsghdr
     return bool(kind == RTM_DELRULE)
-
-
-def _run(*command: str) -> str:
-    """Run a program to its end; raises HostError with what it said."""
-    try:
-        result = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            errors="replace",
-        )
-    except subprocess.TimeoutExpired as error:
-        raise HostError("read", "the routing rules", f"no answer in {TIMEOUT_S} s") from error
-    except OSError as error:
-        raise HostError("read", "the routing rules", error) from error
-    if result.returncode != 0:
-        said = result.stderr.strip() or f"exit code {result.returncode}"
-        raise HostError("read", "the routing rules", said.splitlines()[0])
-    return result.stdout

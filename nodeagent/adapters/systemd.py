@@ -6,15 +6,14 @@ import contextlib
 import os
 import select
 import socket
-import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
+from nodeagent.adapters.program import run
 from nodeagent.errors import HostError
 from nodeagent.host import Unit
 
-TIMEOUT_S = 10
 WATCH_PAUSE_S = 5  # before looking again for the main process of a unit that has none
 START_TIMEOUT_S = 50  # below the watchdog's 60 s: a unit that takes longer is asked for again
 PROPERTIES = ("LoadState", "ActiveState", "InvocationID", "UnitFileState", "Result")
@@ -27,38 +26,36 @@ class SystemdManager:
         return Path("/run/systemd/system").is_dir()  # as sd_booted(3) does it
 
     def unit(self, name: str) -> Unit:
-        shown = _run("systemctl", "show", "--property", ",".join(PROPERTIES), "--", name)
+        shown = run("systemctl", "show", "--property", ",".join(PROPERTIES), "--", name)
         values = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
         return Unit(*(values.get(key, "") for key in PROPERTIES))
 
     def start(self, name: str) -> None:
-        _run("systemctl", "start", "--", name, timeout_s=START_TIMEOUT_S)
+        run("systemctl", "start", "--", name, timeout_s=START_TIMEOUT_S)
 
     def start_soon(self, name: str) -> None:
-        _run("systemctl", "restart", "--no-block", "--", name)
+        run("systemctl", "restart", "--no-block", "--", name)
 
     def restart(self, name: str) -> None:
         # A restart that is asked for is not one of a crash loop, which the unit's StartLimit is
         # against (Debian's docker.service: three starts a minute).
         with contextlib.suppress(HostError):  # refused where there is nothing to reset
-            _run("systemctl", "reset-failed", "--", name)
-        _run("systemctl", "restart", "--", name, timeout_s=START_TIMEOUT_S)
+            run("systemctl", "reset-failed", "--", name)
+        run("systemctl", "restart", "--", name, timeout_s=START_TIMEOUT_S)
 
     def enable(self, name: str) -> None:
-        _run("systemctl", "enable", "--", name, timeout_s=START_TIMEOUT_S)
+        run("systemctl", "enable", "--", name, timeout_s=START_TIMEOUT_S)
 
     def reload(self) -> None:
-        _run("systemctl", "daemon-reload", timeout_s=START_TIMEOUT_S)
+        run("systemctl", "daemon-reload", timeout_s=START_TIMEOUT_S)
 
     def last_lines(self, name: str, count: int) -> tuple[str, ...]:
         """The last lines a unit's own process wrote, newest last."""
-        text = _run(
-            "journalctl", "-b", "-q", "-o", "cat", "-n", str(count), f"_SYSTEMD_UNIT={name}"
-        )
+        text = run("journalctl", "-b", "-q", "-o", "cat", "-n", str(count), f"_SYSTEMD_UNIT={name}")
         return tuple(line.strip() for line in text.splitlines() if line.strip())
 
     def execute(self, *command: str) -> None:
-        _run(*command)
+        run(*command)
 
     def watch(self, name: str, wake: Callable[[], None], stop: threading.Event) -> None:
         """By a pidfd of the main process: an open event stream would hold up the Engine's end.
@@ -67,7 +64,7 @@ class SystemdManager:
         """
         while not stop.is_set():
             with contextlib.suppress(HostError, OSError, ValueError):
-                pid = int(_run("systemctl", "show", "--value", "--property=MainPID", "--", name))
+                pid = int(run("systemctl", "show", "--value", "--property=MainPID", "--", name))
                 if pid:
                     descriptor = os.pidfd_open(pid)
                     try:
@@ -91,30 +88,3 @@ class SystemdManager:
                 end.sendto(message.encode(), target)
             except OSError as error:
                 raise HostError("notify", "systemd", error) from error
-
-
-def _run(*command: str, timeout_s: float = TIMEOUT_S) -> str:
-    """Run a program to its end; raises HostError with what it said."""
-    operation, target = _sentence(command)
-    try:
-        result = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            errors="replace",
-        )
-    except subprocess.TimeoutExpired as error:
-        raise HostError(operation, target, f"no answer in {timeout_s:.0f} s") from error
-    except OSError as error:
-        raise HostError(operation, target, error) from error
-    if result.returncode != 0:
-        said = result.stderr.strip() or result.stdout.strip() or f"exit code {result.returncode}"
-        raise HostError(operation, target, said.splitlines()[0])
-    return result.stdout
-
-
-def _sentence(command: Sequence[str]) -> tuple[str, str]:
-    return (f"run {command[0]} {command[1]} for", command[-1])
