@@ -214,7 +214,8 @@ print("woken", flush=True)
 def test_a_watch_wakes_when_the_main_process_ends(machines: tuple[Machine, Machine]) -> None:
     machine, _ = machines
     source = Path(__file__).parents[2] / "nodeagent"
-    for part in ("__init__", "errors", "host", "adapters/__init__", "adapters/systemd"):
+    adapters = ("adapters/__init__", "adapters/program", "adapters/systemd")
+    for part in ("__init__", "errors", "host", *adapters):
         machine.write(f"/root/contract/nodeagent/{part}.py", (source / f"{part}.py").read_text())
     machine.write("/etc/systemd/system/runs.service", RUNS)
     machine.write("/root/contract/watch.py", WATCH)
