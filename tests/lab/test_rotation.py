@@ -167,8 +167,8 @@ def test_a_rotation_killed_in_the_middle_goes_on_when_asked_again(
     old = secrets_of(server)["authorities"]
     with undisturbed(four):
         server.sh(
-            "systemd-run -q --collect --unit=rotation -p KillSignal=SIGKILL "
-            "-p StandardOutput=truncate:/run/rotation "
+            "touch /run/rotation && systemd-run -q --collect --unit=rotation "
+            "-p KillSignal=SIGKILL -p StandardOutput=truncate:/run/rotation "
             "nodeagent secrets rotate ca"
         )
 
@@ -176,8 +176,10 @@ def test_a_rotation_killed_in_the_middle_goes_on_when_asked_again(
             said = server.read("/run/rotation")
             return f"every node to {phase} the" in said or Waiting(said)
 
-        wait_until(reached, 120, f"the rotation to wait for every node to {phase} the key")
-        server.run("systemctl", "stop", "rotation", check=False)
+        try:
+            wait_until(reached, 120, f"the rotation to wait for every node to {phase} the key")
+        finally:
+            server.run("systemctl", "stop", "rotation", check=False)
         cluster.wait_ready(four)  # in the middle of it
         if phase != "forget":  # by then everything is written, and the agents do the rest
             assert json.loads(cluster.consul_kv(server, "secrets/state"))["rotating"] == "ca"
