@@ -168,7 +168,6 @@ class Certificate:
     names: tuple[str, ...]
     not_before: float
     not_after: float
-    fingerprint: str
 
 
 @dataclass(frozen=True)

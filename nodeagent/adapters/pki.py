@@ -180,5 +180,4 @@ def _described(found: x509.Certificate) -> Certificate:
         names=dns_names,
         not_before=found.not_valid_before_utc.timestamp(),
         not_after=found.not_valid_after_utc.timestamp(),
-        fingerprint=found.fingerprint(hashes.SHA256()).hex()[:16],
     )

@@ -203,11 +203,15 @@ def diff(spec: Spec, seen: Seen) -> Plan:
     if seen.found is None:
         return done("security is off: whoever reaches Consul may do everything there")
     assert seen.own is not None
+    keys = Keys(spec.key_prefix)
     if seen.problem:
-        return block(seen.problem, fix="nodeagent secrets rotate ca, on a server, writes it anew")
+        place = keys.state if spec.is_server else keys.for_workers
+        return block(
+            seen.problem, fix=f"consul kv delete {place}, on a server: its own file counts"
+        )
     if seen.newer is not None:
         return change(WriteSecret(paths.SECRETS, seen.newer))
-    keys, found = Keys(spec.key_prefix), seen.found.secrets
+    found = seen.found.secrets
     if isinstance(found, WorkerSecrets) and found.generation not in seen.own.tokens:
         return wait("a new token of this node's own to be made")
     if isinstance(found, WorkerSecrets) and seen.own.in_use != found.generation:

@@ -20,10 +20,10 @@ LAUNCHER = Path("/opt/nodeagent/nodeagent").read_text("utf-8")
 sys.path.insert(0, re.findall(r"sys\.path\.insert\(0, '(.*)'\)", LAUNCHER)[0])
 
 from nodeagent import cli, converge, steps  # noqa: E402 - found by the line above
-from nodeagent.changes import Change  # noqa: E402
-from nodeagent.host import Host  # noqa: E402
-from nodeagent.plan import Plan, Step, wait  # noqa: E402
-from nodeagent.spec import Spec  # noqa: E402
+from nodeagent.changes import Change  # noqa: E402 - as the line before
+from nodeagent.host import Host  # noqa: E402 - as the line before
+from nodeagent.plan import Plan, Step, wait  # noqa: E402 - as the line before
+from nodeagent.spec import Spec  # noqa: E402 - as the line before
 
 HERE = Path("/run/driver")
 DIED, DIE_AFTER, HOLD, CHANGES = (HERE / name for name in ("died", "die_after", "hold", "changes"))

@@ -1069,9 +1069,11 @@ def test_consuls_rpc_wants_a_certificate_of_this_cluster(
             plain.sendall(first)
             assert plain.recv(100) == b"", "hung up on"
     for certificate in (None, self_signed):
-        with pytest.raises(ssl.SSLError, match="BAD_CERTIFICATE"):  # noqa: SIM117
-            with greet(namespace, address, 8300, RPC_TLS, certificate) as secured:
-                secured.recv(100)  # with TLS 1.3 a refusal shows on a read
+        with (
+            pytest.raises(ssl.SSLError, match="BAD_CERTIFICATE"),
+            greet(namespace, address, 8300, RPC_TLS, certificate) as secured,
+        ):
+            secured.recv(100)  # with TLS 1.3 a refusal shows on a read
     calls = ("KVS.Get", "KVS.Apply", "ACL.TokenRead", "Status.Leader", "Catalog.Register")
     for method in calls:
         with greet(namespace, address, 8300, RPC_TLS_ANYBODY) as secured:
@@ -1089,9 +1091,11 @@ def test_swarms_managers_want_a_certificate_or_a_join_token(
         assert secured.version() == "TLSv1.3"
         # RFC 9113, 6.5: a SETTINGS frame is the first word of a server.
         assert secured.recv(100)[3:5] == b"\x04\x00"
-    with pytest.raises(ssl.SSLError, match="UNKNOWN_CA"):  # noqa: SIM117
-        with greet(lab.netns_path, four[0].address, 2377, b"", self_signed) as secured:
-            secured.recv(100)
+    with (
+        pytest.raises(ssl.SSLError, match="UNKNOWN_CA"),
+        greet(lab.netns_path, four[0].address, 2377, b"", self_signed) as secured,
+    ):
+        secured.recv(100)
     with socket_in(lab.netns_path) as plain:
         plain.connect((four[0].address, 2377))
         plain.sendall(b"GET / HTTP/1.0\r\n\r\n")

@@ -48,7 +48,7 @@ def metadata(lab: Lab) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def machine(lab: Lab, four: list[Machine], metadata: None) -> Iterator[Machine]:  # noqa: ARG001
+def machine(lab: Lab, four: list[Machine], metadata: None) -> Iterator[Machine]:  # noqa: ARG001 - the service has to be there
     """A server with containers on every kind of network that its Engine forwards for."""
     server = four[0]
     server.sh(f"curl -sf {lab.serve(images.box_archive(), 'box.tar')} | docker load")

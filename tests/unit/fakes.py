@@ -205,15 +205,15 @@ class RememberingPki(LocalPki):
     def derive(self, seed: Secret, purpose: str, size_bytes: int = 32) -> bytes:
         return super().derive(seed, purpose, size_bytes)
 
-    @functools.cache  # noqa: B019
+    @functools.cache  # noqa: B019 - there is one of it
     def certificates(self, pem: str) -> tuple[Certificate, ...]:
         return super().certificates(pem)
 
-    @functools.cache  # noqa: B019
+    @functools.cache  # noqa: B019 - there is one of it
     def matches(self, seed: Secret, authority: str) -> bool:
         return super().matches(seed, authority)
 
-    @functools.cache  # noqa: B019
+    @functools.cache  # noqa: B019 - there is one of it
     def is_signed(self, certificate: str, authority: str) -> bool:
         return super().is_signed(certificate, authority)
 

@@ -381,8 +381,10 @@ def test_secrets_in_consul_that_cannot_be_read_block_and_are_not_shown(text: str
     put(world, KEYS.state, text)
     found = plan(server(world))
     assert re.match(r"block Consul's nodeagent/demo/secrets/state(:1)?: ", found[0])
-    assert found[1] == "fix nodeagent secrets rotate ca, on a server, writes it anew"
+    assert found[1] == f"fix consul kv delete {KEYS.state}, on a server: its own file counts"
     assert worker_secrets().gossip_key.reveal() not in str(found)
+    world.kv.pop(KEYS.state)  # what the fix does
+    assert plan(server(world)) == [DONE]
 
 
 PUBLISH = "do publish the workers' part of secrets no. 3"
