@@ -43,8 +43,9 @@ class Rotation:
         if not found.rotating:
             found = self._write(found, self._with_new_key(found, purpose))
         if found.phase == "spread":
-            self._keyring("install", found, -1)
             self._wait_applied(found, f"every node to know the new {purpose} key")
+            # Only now: a node that is away when a gossip key is installed does not get it later.
+            self._keyring("install", found, -1)
             found = self._write(found, _switched(found))
         self._keyring("use", found, 0)
         self._wait_applied(found, f"every node to use the new {purpose} key")
@@ -125,14 +126,14 @@ class Rotation:
             self.host.consul.change_keyring(action, secrets.gossip_key(self.host.pki, seed))
 
     def _wait_applied(self, found: ServerSecrets, what: str) -> None:
-        """Return when every member of the cluster says that it uses these secrets."""
+        """Return when every member of the cluster is there and says that it uses these secrets."""
         keys, said = access.Keys(self.spec.key_prefix), ""
         while True:
             entries = self.host.consul.get(self.spec.key_prefix)
             late = []
             for member in sorted(self.host.consul.members(), key=lambda each: each.name):
                 entry = entries.get(keys.applied(member.name))
-                if entry is None or entry.value != str(found.serial):
+                if not member.alive or entry is None or entry.value != str(found.serial):
                     late.append(member.name + ("" if member.alive else " (which is away)"))
             late = [each for each in late if each.partition(" ")[0] not in self.without]
             sentence = f"waiting for {what}: {', '.join(late)}" if late else f"done: {what}"

@@ -63,12 +63,11 @@ def observe(spec: Spec, host: Host) -> Seen:
     # Something runs that a bad configuration would end.
     if host.files.read(paths.CONSUL_CANDIDATE) != wanted:
         return seen
-    in_container = spec.consul.runtime == "container"
-    directory = _CONTAINER_CONFIG if in_container else str(paths.CONSUL_CONFIG.parent)
+    directory = _directory(spec)
     names = [f"{directory}/candidate/consul.json"]
     names += [f"{directory}/{paths.CONSUL_KEYS.name}"] if spec.is_secured else []
     try:
-        if in_container:
+        if spec.consul.runtime == "container":
             host.system_engine.execute(CONTAINER, "consul", "validate", *names)
         else:
             host.systemd.execute(str(paths.CONSUL_BINARY), "validate", *names)
@@ -310,8 +309,14 @@ def render(spec: Spec, address: str, hostname: str) -> str:
     if spec.is_server:
         config["bootstrap_expect"] = spec.servers
     if spec.is_secured:
-        config |= _secured("/consul/config" if in_container else str(paths.CONSUL_CONFIG.parent))
+        config |= _secured(_directory(spec))
     return json.dumps(config, indent=2) + "\n"
+
+
+def _directory(spec: Spec) -> str:
+    """Where Consul finds its configuration, as it sees it."""
+    in_container = spec.consul.runtime == "container"
+    return _CONTAINER_CONFIG if in_container else str(paths.CONSUL_CONFIG.parent)
 
 
 def _secured(directory: str) -> dict[str, Any]:

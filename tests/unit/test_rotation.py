@@ -188,6 +188,32 @@ def test_a_node_that_is_away_is_waited_for_and_named() -> None:
     rotation(world, without=("worker21",))[0].rotate("ca")
 
 
+def test_a_node_that_goes_away_after_its_word_is_waited_for_before_the_next_step() -> None:
+    """Or a gossip key would be installed without it, and used."""
+    world = cluster()
+    worker, applied = world.machines["worker21"], "nodeagent/demo/nodes/worker21/secrets"
+    command, said = rotation(world)
+    consul = world.machines["server11"].consul
+    clock = world.machines["server11"].clock
+    whole = clock.on_wait
+
+    def on_wait() -> None:
+        whole()
+        if applied in world.kv and not worker.is_off:
+            worker.lose_power()
+
+    clock.on_wait = on_wait
+    with pytest.raises(AssertionError):
+        command.rotate("gossip")
+    assert said[-1] == "waiting for every node to know the new gossip key: worker21 (which is away)"
+    assert len(consul.world.gossip_keys) == 1, "nothing is installed yet"
+    worker.boot()
+    clock.on_wait = whole
+    old = secrets.keys(kept(world.machines["server11"]), PKI).gossip[0].reveal()
+    rotation(world)[0].rotate("gossip")
+    assert old not in world.gossip_keys
+
+
 def test_a_worker_made_from_old_user_data_is_told_why_it_is_not_admitted() -> None:
     world = cluster()
     rotation(world)[0].rotate("tokens")
