@@ -190,6 +190,21 @@ class RemoveFile:
 
 
 @dataclass(frozen=True)
+class MoveAside:
+    """Take a file out of its program's way and keep it."""
+
+    path: Path
+    to: Path
+    why: str
+
+    def __str__(self) -> str:
+        return f"move {self.path.name} to {self.to.parent}: {self.why}"
+
+    def apply(self, host: Host) -> None:
+        host.files.move(self.path, self.to)
+
+
+@dataclass(frozen=True)
 class Fetch:
     location: str
     path: Path
@@ -235,6 +250,34 @@ class RestartUnit:
 
     def apply(self, host: Host) -> None:
         host.systemd.restart(self.unit)
+
+
+@dataclass(frozen=True)
+class RestartUnderLock:
+    """Restart a unit, as long as the session still holds the lock that allows it."""
+
+    unit: str
+    session: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"restart {self.unit}: {self.why}"
+
+    def apply(self, host: Host) -> None:
+        _still_held(self.session, host)
+        host.systemd.restart(self.unit)
+
+
+@dataclass(frozen=True)
+class ReloadUnit:
+    unit: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"reload {self.unit}: {self.why}"
+
+    def apply(self, host: Host) -> None:
+        host.systemd.reload_unit(self.unit)
 
 
 @dataclass(frozen=True)

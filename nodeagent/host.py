@@ -18,6 +18,14 @@ from nodeagent.errors import Secret
 
 
 @dataclass(frozen=True)
+class Word:
+    """One word of a command line, and the file it stands in."""
+
+    text: str
+    place: str
+
+
+@dataclass(frozen=True)
 class Unit:
     """One systemd unit as `systemctl show` sees it."""
 
@@ -26,6 +34,9 @@ class Unit:
     invocation: str = ""  # changes with every start
     enabled: str = ""  # enabled | disabled | static | …
     result: str = ""
+    restarts: int = 0  # by systemd, because it ended by itself
+    began_s: float = 0.0  # when it last left inactive, by the monotonic clock
+    command: tuple[Word, ...] = ()  # its ExecStart, environment filled in
 
     @property
     def exists(self) -> bool:
@@ -54,9 +65,17 @@ class EngineInfo:
     """What `GET /info` and `/version` tell of a running Engine."""
 
     version: str
-    log_driver: str
-    live_restore: bool
+    options: Mapping[str, object]  # those it shows, under their names in daemon.json
     swarm: SwarmInfo
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """How a container's log is kept; decided when it was made, in s since 1970."""
+
+    driver: str
+    opts: Mapping[str, str]
+    made: float
 
 
 @dataclass(frozen=True)
@@ -69,10 +88,12 @@ class Container:
     command: tuple[str, ...]
     binds: tuple[str, ...]
     config_sha256: str  # of the files it reads at start, so that a new one replaces it
+    capabilities: tuple[str, ...] = ()  # of the kernel's; it has no others
 
     @property
     def definition(self) -> str:
-        return repr((self.image, self.entrypoint, self.command, self.binds, self.config_sha256))
+        parts = (self.image, self.entrypoint, self.command, self.binds, self.config_sha256)
+        return repr((*parts, *self.capabilities))
 
 
 @dataclass(frozen=True)
@@ -212,6 +233,9 @@ class Files(Protocol):
         """
 
     def remove(self, path: Path) -> None: ...
+    def move(self, path: Path, to: Path) -> None:
+        """Move a file to a place where there may be another one, durably."""
+
     def exists(self, path: Path) -> bool: ...
     def is_private(self, path: Path) -> bool:
         """Whether it is a file that nobody but root or this process's user can read or write."""
@@ -260,6 +284,9 @@ class Systemd(Protocol):
         """Ask for a start, anew if it runs, and return at once: jobs may wait for the caller."""
 
     def restart(self, name: str) -> None: ...
+    def reload_unit(self, name: str) -> None:
+        """Have the unit's process read its configuration again."""
+
     def enable(self, name: str) -> None: ...
     def reload(self) -> None: ...
     def last_lines(self, name: str, count: int) -> tuple[str, ...]: ...
@@ -273,11 +300,33 @@ class Systemd(Protocol):
         """Tell the service manager that started us READY=1, STATUS=…, WATCHDOG=1."""
 
 
+class EngineProgram(Protocol):
+    """The program behind docker.service, whether it runs or not."""
+
+    def version(self) -> str:
+        """As `20.10.24+dfsg1`; "" when there is no such program."""
+
+    def has_consul(self) -> bool:
+        """Whether this build can keep its networks in Consul: some distributions' cannot."""
+
+    def refusal(self, options: Path, command: tuple[Word, ...]) -> str:
+        """What it says against this file of options beside its unit's flags; "" for nothing."""
+
+    def networks(self, data_root: str) -> tuple[str, ...]:
+        """Names of the networks in its own store, which is there while it is stopped, too."""
+
+
 class SwarmEngine(Protocol):
     """The user's Engine, which is a member of the Swarm."""
 
     def info(self) -> EngineInfo | None:
         """None when nothing answers on the socket."""
+
+    def log_settings(self) -> Mapping[str, LogSettings]:
+        """How each container's log is kept, by the container's name."""
+
+    def managers(self) -> Mapping[str, bool]:
+        """Each manager of the Swarm, by host name, and whether it is reachable; managers only."""
 
     def swarm_tokens(self) -> tuple[str, str]:
         """Join tokens (worker, manager); managers only."""
@@ -443,6 +492,7 @@ class Host:
     web: Web
     systemd: Systemd
     engine: SwarmEngine
+    engine_program: EngineProgram
     system_engine: ContainerEngine
     consul: ConsulAgent
     resolver: Resolver

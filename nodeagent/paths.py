@@ -17,6 +17,7 @@ IDENTITY = STATE / "identity.json"
 ENGINE_RECORD = STATE / "engine-options.json"
 ORIGINALS = STATE / "originals"
 ORIGINAL_DAEMON_JSON = ORIGINALS / "daemon.json"
+ENGINE_NETWORKS = ORIGINALS / "local-kv.db"  # the Engine's own, where it could not start with it
 NODE_TOKEN = STATE / "node-token.json"
 IMAGES = STATE / "images"
 CONSUL = STATE / "consul"
@@ -35,6 +36,7 @@ STATUS = RUN / "status.json"
 LOCK = RUN / "lock"  # held during a cycle
 ALIVE = RUN / "alive"  # held by the loop as long as it lives
 RESTART_PENDING = RUN / "engine-restart-pending"
+OPTIONS_CANDIDATE = RUN / "candidate" / "daemon.json"
 CONSUL_RELOAD_PENDING = RUN / "consul-reload-pending"
 CONSUL_RESTART_PENDING = RUN / "consul-restart-pending"
 

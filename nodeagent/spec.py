@@ -48,7 +48,7 @@ class Kind:
                 return "leave out the quotes"
             is_number = isinstance(value, int) and not isinstance(value, bool)
             return None if is_number and schema["minimum"] <= value <= schema["maximum"] else ""
-        if schema["type"] == "array":
+        if schema["type"] in ("array", "object"):
             return self.rule(value)
         if isinstance(value, (bool, int, float)):
             return "put it in quotes" if self.fault(_shown(value)) is None else ""
@@ -91,6 +91,31 @@ def _join_fault(value: Any) -> str | None:
     return f"{_shown(wrong[0])} is not {ENTRY.expected}" if wrong else None
 
 
+# What has a place of its own in the spec, or would take the Engine from under our feet.
+_NOT_HERE = {
+    **dict.fromkeys(("log-driver", "log-opts"), "use engine.log"),
+    **dict.fromkeys(
+        ("live-restore", "cluster-store", "cluster-advertise", "cluster-store-opts"),
+        "it follows from swarm.mode",
+    ),
+    **dict.fromkeys(("data-root", "storage-driver"), "what the Engine holds would be gone"),
+    **dict.fromkeys(("hosts", "pidfile", "exec-root", "containerd"), "docker.service sets it"),
+}
+
+
+def _options_fault(value: Any) -> str | None:
+    if not isinstance(value, dict):
+        return ""
+    for key, each in value.items():
+        if not isinstance(key, str):
+            return f"{_shown(key)} is no name of an option"
+        if key in _NOT_HERE:
+            return f"{key} cannot be given here: {_NOT_HERE[key]}"
+        if each is None:
+            return f"{key} has no value"
+    return None
+
+
 _IPV4 = r"((25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])(\.(?!$)|$)){4}"
 _LABEL = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,62}"
 _HOST = rf"(?![0-9.]+$)(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*\.?"
@@ -109,6 +134,7 @@ JOIN = Kind(
     {"type": "array", "items": ENTRY.schema},
     _join_fault,
 )
+OPTIONS = Kind("a mapping of daemon.json's keys to values", {"type": "object"}, _options_fault)
 SECTION = Kind("a mapping of keys to values", {"enum": []})
 # YAML 1.1 reads a bare `off` as false.
 OFF = Kind("off", {"enum": ["off", False]}, hint="to have it on, leave the key out")
@@ -183,6 +209,9 @@ class Engine:
         "log driver and rotation; left out, 10 files of 10m, unless the Engine's own "
         "configuration names a driver",
         None,
+    )
+    options: Mapping[str, Any] | None = _key(
+        OPTIONS, "further keys of daemon.json, passed on as they are", None
     )
 
 

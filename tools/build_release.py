@@ -25,7 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DIST, BUILD = ROOT / "dist", ROOT / "build"
-PYTHONS = ("3.10", "3.11", "3.12", "3.13")  # the lowest first: its stable-ABI modules suit all
+# The lowest first: its stable-ABI modules suit all.
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 MACHINE = platform.machine()
 # The oldest C library with a Python 3.10 of its own is Ubuntu 22.04's 2.35.
 PLATFORMS = [f"manylinux_2_{minor}_{MACHINE}" for minor in range(34, 4, -1)]

@@ -15,7 +15,7 @@ import docker.utils
 import requests
 
 from nodeagent.errors import HostError
-from nodeagent.host import Container, ContainerState, EngineInfo, SwarmInfo
+from nodeagent.host import Container, ContainerState, EngineInfo, LogSettings, SwarmInfo
 
 TIMEOUT_S = 10
 JOIN_TIMEOUT_S = 30  # the Engine itself gives up on a manager after 20 s (moby daemon/cluster)
@@ -35,6 +35,7 @@ class DockerDaemon:
         self._name = name
         self._root = root
         self._client: docker.DockerClient | None = None
+        self._logs: dict[str, LogSettings] = {}
 
     @contextlib.contextmanager
     def _call(self, operation: str, timeout_s: int = TIMEOUT_S) -> Iterator[docker.DockerClient]:
@@ -68,10 +69,32 @@ class DockerDaemon:
             raise
         return EngineInfo(
             version=str(info.get("ServerVersion", "")),
-            log_driver=str(info.get("LoggingDriver", "")),
-            live_restore=bool(info.get("LiveRestoreEnabled")),
+            options=_options(info),
             swarm=_swarm(info, self._root),
         )
+
+    def log_settings(self) -> Mapping[str, LogSettings]:
+        with self._call("list the containers of") as client:
+            api: Any = client.api
+            found = {each["Id"]: each for each in api.containers(all=True)}
+            for id_ in found.keys() - self._logs.keys():
+                with contextlib.suppress(docker.errors.NotFound):
+                    config = api.inspect_container(id_)["HostConfig"]["LogConfig"]
+                    made = float(found[id_]["Created"])
+                    settings = LogSettings(config["Type"], config["Config"] or {}, made)
+                    self._logs[id_] = settings  # it never changes
+        self._logs = {id_: self._logs[id_] for id_ in found if id_ in self._logs}
+        return {found[id_]["Names"][0].lstrip("/"): each for id_, each in self._logs.items()}
+
+    def managers(self) -> Mapping[str, bool]:
+        with self._call("list the managers of the Swarm of") as client:
+            api: Any = client.api
+            nodes = api.nodes(filters={"role": "manager"})
+        return {
+            str(node["Description"]["Hostname"]): status["Reachability"] == "reachable"
+            for node in nodes
+            if (status := node.get("ManagerStatus"))
+        }
 
     def swarm_tokens(self) -> tuple[str, str]:
         with self._call("read the join tokens of") as client:
@@ -215,6 +238,7 @@ class DockerDaemon:
                 labels={DEFINITION: container.definition},
                 restart_policy={"Name": "always"},
                 cap_drop=["ALL"],
+                cap_add=list(container.capabilities),
                 security_opt=["no-new-privileges"],
                 read_only=True,
             )
@@ -251,6 +275,21 @@ def _nothing_listens(error: BaseException) -> bool:
         return True
     behind = (error.__cause__, error.__context__, *error.args)
     return any(_nothing_listens(each) for each in behind if isinstance(each, BaseException))
+
+
+def _options(info: Mapping[str, Any]) -> dict[str, object]:
+    """The options that `GET /info` shows, under their names in daemon.json."""
+    registry = info.get("RegistryConfig") or {}
+    pools = info.get("DefaultAddressPools") or []
+    return {
+        "log-driver": info.get("LoggingDriver", ""),
+        "live-restore": bool(info.get("LiveRestoreEnabled")),
+        "labels": info.get("Labels") or [],
+        "debug": bool(info.get("Debug")),
+        "registry-mirrors": registry.get("Mirrors") or [],
+        "default-runtime": info.get("DefaultRuntime", ""),
+        "default-address-pools": [{"base": p["Base"], "size": p["Size"]} for p in pools],
+    }
 
 
 def _swarm(info: Mapping[str, Any], root: Path) -> SwarmInfo:

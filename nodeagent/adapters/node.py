@@ -5,6 +5,7 @@ from __future__ import annotations
 from nodeagent import paths
 from nodeagent.adapters.clock import SystemClock
 from nodeagent.adapters.consul import LocalConsul
+from nodeagent.adapters.dockerd import Dockerd
 from nodeagent.adapters.engine import DockerDaemon
 from nodeagent.adapters.files import LocalFiles
 from nodeagent.adapters.network import LocalNetwork
@@ -22,6 +23,7 @@ def this_machine() -> Host:
         web=WebFetcher(),
         systemd=SystemdManager(),
         engine=DockerDaemon(socket=paths.ENGINE_SOCKET, name="the Docker Engine"),
+        engine_program=Dockerd(),
         system_engine=DockerDaemon(socket=paths.SYSTEM_ENGINE_SOCKET, name="the System Engine"),
         consul=LocalConsul(),
         resolver=DnsResolver(),

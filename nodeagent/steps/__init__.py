@@ -8,6 +8,7 @@ from nodeagent.steps import (
     guard,
     identity,
     quorum,
+    restart,
     secrets,
     services,
     swarm,
@@ -23,4 +24,5 @@ STEPS: tuple[Step, ...] = (
     access.STEP,
     swarm.STEP,
     services.STEP,
+    restart.STEP,
 )

@@ -99,6 +99,7 @@ def node_policy(spec: Spec, node: str) -> Policy:
         ("service", "docker-engine", "write"),
         ("key_prefix", f"{spec.key_prefix}worker/", "read"),
         ("key_prefix", f"{spec.key_prefix}nodes/{node}/", "write"),
+        ("key", f"{spec.key_prefix}engine-restart", "write"),
     )
     return Policy(f"{OURS}-{spec.cluster}-node-{node}", rules)
 

@@ -92,8 +92,8 @@ def test_an_engine_in_no_swarm(rig: Rig) -> None:
     info = rig.one.info()
     assert info is not None
     assert int(info.version.split(".")[0]) >= 20
-    assert info.log_driver == "json-file"
-    assert not info.live_restore
+    assert info.options["log-driver"] == "json-file"
+    assert not info.options["live-restore"]
     assert info.swarm == SwarmInfo()
 
 

@@ -80,13 +80,18 @@ def user_data(cluster: Mapping[str, Any], role: spec.Role) -> str:
 
 
 def make(
-    lab: Lab, cluster: Mapping[str, Any], machines: Mapping[str, str], layers: Iterable[Path] = ()
+    lab: Lab,
+    cluster: Mapping[str, Any],
+    machines: Mapping[str, str],
+    layers: Iterable[Path] = (),
+    flavour: str = "trixie",
 ) -> list[Machine]:
     """Machines that are off, each with the user-data of the role its name begins with."""
     layers = tuple(layers)
     return [
         lab.machine(
             name,
+            flavour=flavour,
             address=address,
             user_data=user_data(cluster, "server" if name.startswith("server") else "worker"),
             layers=layers,

@@ -41,9 +41,10 @@ class Flavour:
     """One kind of machine.
 
     `suite` is the Debian suite the tree is made of, `extra_suites` further ones apt may take
-    packages from; a package may be pinned as `name=version`. `engine` is the beginning of the
-    version the Engine says of itself, `python` that of the machine's python3. `swarm_mode` is what
-    nodeagent must choose there: `native`, `classic` or `refused` (an Engine whose build lies).
+    packages from; a package may be pinned as `name=version`, with `*` for any ending. `engine` is
+    the beginning of the version the Engine says of itself, `python` that of the machine's python3.
+    `swarm_mode` is what nodeagent must choose there: `native` or `classic`. `boots_on_cgroup_v1` is
+    false where systemd knows cgroup v2 alone (258 and newer).
     """
 
     name: str
@@ -51,6 +52,7 @@ class Flavour:
     engine: str
     python: str
     swarm_mode: str
+    boots_on_cgroup_v1: bool = True
     extra_suites: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
 
@@ -69,6 +71,37 @@ FLAVOURS: Mapping[str, Flavour] = {
             engine="26.1.5",
             python="3.13",
             swarm_mode="native",
+        ),
+        Flavour(
+            name="classic",
+            suite="bookworm",
+            extra_suites=("bullseye",),
+            # The last of Debian's builds with the Consul backend. containerd and runc are Debian
+            # 12's: apt takes the newest that the Engine is content with (containerd >= 1.4).
+            packages=("docker.io=20.10.5+dfsg1-1+deb11u2",),
+            engine="20.10.5",
+            python="3.11",
+            swarm_mode="classic",
+        ),
+        # Its Engine says 20.10 and has no Consul backend all the same: Debian 12 took it out
+        # (docker.io_20.10.24+dfsg1-1: debian/patches/avoid-consul.patch).
+        Flavour(
+            name="bookworm",
+            suite="bookworm",
+            packages=("docker.io",),
+            engine="20.10.24",
+            python="3.11",
+            swarm_mode="native",
+        ),
+        Flavour(
+            name="sid",
+            suite="sid",
+            # sid moves on: a build of the image that finds a newer Engine fails, and says so.
+            packages=("docker.io=28.5.*", "docker-cli=28.5.*"),
+            engine="28.5.",
+            python="3.14",
+            swarm_mode="native",
+            boots_on_cgroup_v1=False,
         ),
     )
 }

@@ -144,7 +144,7 @@ def _in_use(path: Path) -> bool:
 
 
 def rootfs(flavour: Flavour) -> Path:
-    """The root file system of a flavour; about 40 s and 650 MB the first time."""
+    """The root file system of a flavour; about 50 s and 600 MB the first time."""
     recipe = [
         flavour.suite,
         flavour.extra_suites,

@@ -180,7 +180,11 @@ class Machine:
         supervisor.save(self._process_file)
 
     def _nspawn(self) -> list[str]:
+        on_v1 = host.has_cgroup_v1() and flavour_named(self.flavour).boots_on_cgroup_v1
         words = [
+            # Without v1 the machine has the controllers the box has left for v2: often none, so
+            # that its containers run but cannot be limited.
+            *([] if on_v1 else ["/usr/bin/env", "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1"]),
             "systemd-nspawn",
             "--quiet",
             "--boot",
@@ -200,8 +204,8 @@ class Machine:
         if Path("/dev/net/tun").exists():
             words.append("--bind=/dev/net/tun")
         words += ["--", "--show-status=yes"]
-        if host.has_cgroup_v1():
-            # systemd >= 256 refuses cgroup v1 without it; older ones ignore the word.
+        if on_v1:
+            # systemd 256 and 257 refuse cgroup v1 without it; older ones ignore the word.
             words.append("SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1")
         return words
 

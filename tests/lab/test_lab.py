@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.lab import host, images
-from tests.lab.flavours import debian_mirror, flavour
+from nodeagent import __version__
+from tests.lab import cluster, host, images
+from tests.lab.flavours import FLAVOURS, debian_mirror, flavour
 from tests.lab.host import LabError, Process, wait_until
-from tests.lab.lab import Lab, Machine
+from tests.lab.lab import GATEWAY, Lab, Machine
 
 pytestmark = [
     pytest.mark.lab,
@@ -28,6 +30,10 @@ write_files:
 runcmd:
   - [sh, -c, "echo $(hostname) >> /root/ran"]
 """
+
+CLUSTER_STORE = {"cluster-store": "consul://127.0.0.1:8500", "cluster-advertise": "host0:2375"}
+#: What an Engine of 24.0 or newer ends with, and one whose build has no Consul backend.
+NO_CLUSTER_STORE = "match any configuration option: .*cluster-store|discovery service not supported"
 
 ENGINE_2 = "unix:///run/engine2.sock"
 ENGINE_2_UNIT = f"""\
@@ -59,6 +65,23 @@ def pair(lab: Lab) -> tuple[Machine, Machine]:
     for machine in (one, two):
         machine.wait_booted()
     return one, two
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[] if name == "trixie" else pytest.mark.full) for name in FLAVOURS
+    ],
+)
+def each(request: pytest.FixtureRequest, lab: Lab) -> Iterator[Machine]:
+    """A machine of every flavour, one after the other."""
+    machine = lab.machine("each", address="10.10.0.14", flavour=request.param)
+    try:
+        machine.boot()
+        machine.wait_booted()
+        yield machine
+    finally:
+        machine.destroy()
 
 
 def pings(machine: Machine, address: str) -> bool:
@@ -140,6 +163,45 @@ def test_containers_run_on_bridge_and_host(lab: Lab, pair: tuple[Machine, Machin
     run = f"docker run --rm --network %s {images.BOX_IMAGE} %s"
     assert one.sh(run % ("host", "hostname")) == "one"
     assert "1 packets received" in one.sh(run % ("bridge", f"ping -c1 -W2 {two.address}"))
+
+
+def test_a_flavour_is_what_its_row_says(each: Machine) -> None:
+    row = flavour(each.flavour)
+    assert each.wait_cloud_init()["errors"] == []
+    assert each.sh("systemctl --failed --no-legend") == ""
+    assert each.sh("docker version -f '{{.Server.Version}}'").startswith(row.engine)
+    assert each.sh("python3 --version").startswith(f"Python {row.python}.")
+    is_on_v1 = host.has_cgroup_v1() and row.boots_on_cgroup_v1
+    assert each.sh("docker info -f '{{.CgroupVersion}}'") == ("1" if is_on_v1 else "2")
+
+
+def test_a_flavour_runs_containers(lab: Lab, each: Machine) -> None:
+    load(lab, each, images.box_archive())
+    assert each.sh("docker info -f '{{.Driver}}'") == "overlay2"
+    each.sh(f"docker run --name said {images.BOX_IMAGE} ping -c1 -W2 {GATEWAY}")
+    assert "1 packets received" in each.sh("docker logs said")
+    each.sh("docker rm said")
+
+
+def test_a_flavour_runs_the_release(lab: Lab, each: Machine) -> None:
+    each.sh(f"curl -sSf -o /root/nodeagent.pyz {lab.serve(cluster.release())}")
+    each.run("python3", "/root/nodeagent.pyz", "install", timeout_s=60)
+    assert each.sh("nodeagent --version") == f"nodeagent {__version__}"
+    # Modules compiled for this very Python: what makes keys cannot do without one.
+    each.run("nodeagent", "secrets", "new", "/root/secrets.json")
+    assert json.loads(each.read("/root/secrets.json"))
+
+
+def test_a_flavours_engine_takes_a_cluster_store_or_not(each: Machine) -> None:
+    each.write("/etc/docker/daemon.json", json.dumps(CLUSTER_STORE))
+    started = each.run("systemctl", "restart", "docker", check=False, timeout_s=60)
+    takes_one = flavour(each.flavour).swarm_mode == "classic"
+    assert (started.returncode == 0) == takes_one, each.journal("docker")[-1500:]
+    if takes_one:
+        assert each.sh("docker info -f '{{.ClusterStore}}'") == CLUSTER_STORE["cluster-store"]
+    else:
+        assert re.search(NO_CLUSTER_STORE, each.journal("docker"))
+    each.sh("rm /etc/docker/daemon.json; systemctl reset-failed docker; systemctl restart docker")
 
 
 def test_a_second_engine_carries_consul_through_its_restart(

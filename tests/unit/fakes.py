@@ -33,6 +33,7 @@ from nodeagent.host import (
     Host,
     Interface,
     KeyringAction,
+    LogSettings,
     Member,
     Op,
     Policy,
@@ -41,6 +42,7 @@ from nodeagent.host import (
     SwarmInfo,
     Token,
     Unit,
+    Word,
 )
 from nodeagent.secrets import ServerSecrets, WorkerSecrets
 from nodeagent.spec import Spec, parse
@@ -108,6 +110,13 @@ class FakeFiles:
         if self.links.pop(path, None) is None:
             self.texts.pop(path, None)
             self.modes.pop(path, None)
+
+    def move(self, path: Path, to: Path) -> None:
+        text = self.read(path)
+        if text is None:
+            raise HostError("move", path, "No such file or directory")
+        self.write(to, text, 0o600)
+        self.remove(path)
 
     def exists(self, path: Path) -> bool:
         path = self._real(path)
@@ -593,8 +602,9 @@ class FakeEngine:
 
     def __init__(self, machine: Machine) -> None:
         self.machine, self.world = machine, machine.world
-        self.version = "26.1.5"
-        self.log_driver = "json-file"
+        self.runs_with: str | None = None  # the text of daemon.json when it last read it
+        self.deaf: set[str] = set()  # options that it takes and does not show
+        self.logs: dict[str, LogSettings] = {}
         self.swarm_id = ""
         self.state = "inactive"
         self.node_id = ""
@@ -608,7 +618,18 @@ class FakeEngine:
     def info(self) -> EngineInfo | None:
         if not self.machine.engine_is_up:
             return None
-        return EngineInfo(self.version, self.log_driver, False, self._swarm())
+        given = json.loads(self.runs_with or "{}")
+        shown = {"log-driver": "json-file", "live-restore": False, "labels": [], "debug": False}
+        shown |= {key: value for key, value in given.items() if key in shown.keys() - self.deaf}
+        return EngineInfo(self.machine.program.text, shown, self._swarm())
+
+    def log_settings(self) -> Mapping[str, LogSettings]:
+        self._need_up()
+        return self.logs
+
+    def managers(self) -> Mapping[str, bool]:
+        names = self._managed().managers
+        return {name: self.world.machines[name].engine_is_up for name in names}
 
     def _swarm(self) -> SwarmInfo:
         swarm = self.world.swarms.get(self.swarm_id)
@@ -702,7 +723,9 @@ class FakeSystemEngine:
             raise HostError("ask", "the System Engine", "connection refused")
 
     def info(self) -> EngineInfo | None:
-        return EngineInfo("26.1.5", "json-file", True, SwarmInfo()) if self._is_up else None
+        return (
+            EngineInfo("26.1.5", {"log-driver": "json-file"}, SwarmInfo()) if self._is_up else None
+        )
 
     def has_image(self, image: str) -> bool:
         self._need_up()
@@ -747,6 +770,31 @@ class FakeSystemEngine:
             raise HostError("run consul validate in", "the System Engine", self.machine.refuses)
 
 
+class FakeProgram:
+    """The Engine's program of one machine: what it says of a file of options."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.text = "26.1.5"
+        self.refused: dict[str, str] = {}  # by a piece of the file
+        self.stored: tuple[str, ...] = ("bridge", "host", "none")
+        self.asked = 0
+
+    def version(self) -> str:
+        return self.text
+
+    def has_consul(self) -> bool:
+        return True
+
+    def refusal(self, options: Path, command: tuple[Word, ...]) -> str:
+        self.asked += 1
+        text = self.machine.files.read(options) or ""
+        return next((words for piece, words in self.refused.items() if piece in text), "")
+
+    def networks(self, data_root: str) -> tuple[str, ...]:
+        return self.stored
+
+
 class FakeSystemd:
     """The service manager of one machine. An Engine started runs with the file as it is now."""
 
@@ -759,8 +807,11 @@ class FakeSystemd:
             paths.GUARD_UNIT: Unit("loaded", "inactive", "", "disabled"),
         }
         self.failing: dict[str, tuple[str, ...]] = {}  # units that fail, and what they say then
+        self.deadly: dict[str, str] = {}  # pieces of daemon.json the Engine dies of, and its words
+        self.failing_words: tuple[str, ...] = ()
         self.told: list[dict[str, str]] = []
         self.restarts = 0
+        self.reloads = 0
 
     def is_running(self) -> bool:
         return True
@@ -779,7 +830,9 @@ class FakeSystemd:
         if unit.is_active:
             return
         invocation = f"run-{next(self.machine.world.ids)}"
-        if name in self.failing:
+        self.machine.clock.t += 0.01
+        unit = replace(unit, began_s=self.machine.clock.t)
+        if name in self.failing or (name == paths.ENGINE_UNIT and self._dies()):
             self.units[name] = replace(
                 unit, active="failed", invocation=invocation, result="exit-code"
             )
@@ -787,6 +840,15 @@ class FakeSystemd:
         self.units[name] = replace(unit, active="active", invocation=invocation, result="success")
         if name == paths.GUARD_UNIT:
             self.machine.network.present = guard.WANTED
+        if name == paths.ENGINE_UNIT:
+            self.machine.engine.runs_with = self.machine.files.read(paths.DAEMON_JSON)
+
+    def _dies(self) -> bool:
+        """Whether the Engine ends at its start over what its file says."""
+        text = self.machine.files.read(paths.DAEMON_JSON) or ""
+        words = [said for piece, said in self.deadly.items() if piece in text]
+        self.failing_words = tuple(words)
+        return bool(words)
 
     def start_soon(self, name: str) -> None:
         with contextlib.suppress(HostError):
@@ -796,6 +858,11 @@ class FakeSystemd:
         self.stop(name)
         self.start(name)
         self.restarts += 1
+
+    def reload_unit(self, name: str) -> None:
+        self._known("reload", name)
+        self.machine.engine.runs_with = self.machine.files.read(paths.DAEMON_JSON)
+        self.reloads += 1
 
     def stop(self, name: str) -> None:
         unit = self._known("stop", name)
@@ -814,7 +881,8 @@ class FakeSystemd:
             raise HostError("run", command[0], self.machine.refuses)
 
     def last_lines(self, name: str, count: int) -> tuple[str, ...]:
-        return self.failing.get(name, ())[-count:]
+        words = self.failing_words if name == paths.ENGINE_UNIT else ()
+        return self.failing.get(name, words)[-count:]
 
     def watch(self, name: str, wake: Callable[[], None], stop: threading.Event) -> None:
         raise AssertionError("not in this world")
@@ -891,18 +959,20 @@ class Machine:
         if spec.is_secured:
             own = server_secrets() if spec.is_server else worker_secrets()
             self.files.write(paths.SECRETS, secrets.dump(own).reveal(), 0o600)
+        self.clock = FakeClock()
+        self.program = FakeProgram(self)
         self.systemd = FakeSystemd(self)
         self.engine = FakeEngine(self)
         self.system_engine = FakeSystemEngine(self)
         self.consul = FakeConsul(self)
         self.resolver = FakeResolver(self)
         self.network = FakeNetwork(self)
-        self.clock = FakeClock()
         self.host = Host(
             files=self.files,
             web=FakeWeb(self.files, {}),
             systemd=self.systemd,
             engine=self.engine,
+            engine_program=self.program,
             system_engine=self.system_engine,
             consul=self.consul,
             resolver=self.resolver,

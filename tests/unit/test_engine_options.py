@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +14,14 @@ import pytest
 from nodeagent import paths
 from nodeagent.changes import KEEP_MODE, Change, WriteFile
 from nodeagent.converge import Apply, Cycle, make, run_cycle
-from nodeagent.host import EngineInfo, Host, SwarmInfo, Unit
+from nodeagent.errors import HostError
+from nodeagent.host import EngineInfo, Host, LogSettings, SwarmInfo, Unit, Word
 from nodeagent.plan import Plan
 from nodeagent.spec import Spec
 from nodeagent.steps import STEPS, engine
 from nodeagent.steps.engine import Seen
 from tests.unit.expect import said
-from tests.unit.fakes import FakeSystemd, Machine, World, make_spec
+from tests.unit.fakes import NOW, Machine, World, make_spec
 
 OPTS = {"max-size": "10m", "max-file": "10", "compress": "true"}
 STOCK = {"log-driver": "json-file", "log-opts": OPTS}
@@ -31,11 +34,12 @@ OURS = json.dumps(
             "log-opts compress": "true",
         },
         "before": {},
+        "since": 1.0,
     }
 )
 RUNNING = Unit("loaded", "active", "run-0", "enabled")
-INFO = EngineInfo("26.1.5", "json-file", live_restore=False, swarm=SwarmInfo())
-RIGHT = Seen(RUNNING, INFO, json.dumps(STOCK), OURS, None)
+INFO = EngineInfo("26.1.5", {"log-driver": "json-file", "live-restore": False}, SwarmInfo())
+RIGHT = Seen(RUNNING, INFO, "26.1.5", json.dumps(STOCK), OURS, None, now_s=100.0, wall_s=NOW)
 FRESH = replace(RIGHT, daemon_json=None, record=None)
 DONE = ["done Docker Engine 26.1.5, logs json-file"]
 DEFAULT = make_spec()
@@ -47,9 +51,17 @@ def test_log_options_of_a_spec_that_says_nothing() -> None:
     assert file_after(FRESH, DEFAULT) == STOCK
 
 
+def shown_to_the_engine(seen: Seen, spec: Spec) -> Seen:
+    """The same, once the new file was put where the Engine's program can look at it."""
+    for change in engine.diff(spec, seen).changes:
+        if isinstance(change, WriteFile) and change.path == paths.OPTIONS_CANDIDATE:
+            return replace(seen, candidate=change.text)
+    return seen
+
+
 def file_after(seen: Seen, spec: Spec) -> Any:
     """What daemon.json holds once the step's changes are made; itself if there are none."""
-    plan = engine.diff(spec, seen)
+    plan = engine.diff(spec, shown_to_the_engine(seen, spec))
     assert not plan.blocked, plan.blocked
     for change in plan.changes:
         if isinstance(change, WriteFile) and change.path == paths.DAEMON_JSON:
@@ -168,17 +180,15 @@ def json_fault(text: str) -> str:
         ),
         pytest.param(
             '{"cluster-store": "consul://127.0.0.1:8500"}', DEFAULT,
-            ['block cluster-store in /etc/docker/daemon.json is "consul://127.0.0.1:8500", '
-             "which an Engine in Swarm mode cannot have",
-             "fix remove cluster-store from /etc/docker/daemon.json, "
+            ["block cluster-store was removed in Docker Engine 23.0 and this is 26.1.5",
+             "fix remove cluster-store and cluster-advertise from /etc/docker/daemon.json, "
              "then systemctl restart docker.service"],
             id="cluster-store",
         ),
         pytest.param(
             '{"cluster-advertise": "eth1:2376"}', DEFAULT,
-            ['block cluster-advertise in /etc/docker/daemon.json is "eth1:2376", '
-             "which an Engine in Swarm mode cannot have",
-             "fix remove cluster-advertise from /etc/docker/daemon.json, "
+            ["block cluster-store was removed in Docker Engine 23.0 and this is 26.1.5",
+             "fix remove cluster-store and cluster-advertise from /etc/docker/daemon.json, "
              "then systemctl restart docker.service"],
             id="cluster-advertise",
         ),
@@ -220,7 +230,8 @@ def unit(active: str, *, load: str = "loaded", enabled: str = "enabled") -> Unit
             FRESH,
             ["do write /var/lib/nodeagent/engine-options.json",
              "do write /run/nodeagent/engine-restart-pending",
-             "do write /etc/docker/daemon.json"],
+             "do write /etc/docker/daemon.json",
+             "do remove /run/nodeagent/candidate/daemon.json"],
             id="stock-machine",
         ),
         pytest.param(
@@ -228,35 +239,47 @@ def unit(active: str, *, load: str = "loaded", enabled: str = "enabled") -> Unit
             ["do write /var/lib/nodeagent/originals/daemon.json",
              "do write /var/lib/nodeagent/engine-options.json",
              "do write /run/nodeagent/engine-restart-pending",
-             "do write /etc/docker/daemon.json"],
+             "do write /etc/docker/daemon.json",
+             "do remove /run/nodeagent/candidate/daemon.json"],
             id="the-owners-file-is-copied-first",
         ),
         pytest.param(
             replace(RIGHT, daemon_json="{}"),
             ["do write /var/lib/nodeagent/engine-options.json",
              "do write /run/nodeagent/engine-restart-pending",
-             "do write /etc/docker/daemon.json"],
+             "do write /etc/docker/daemon.json",
+             "do remove /run/nodeagent/candidate/daemon.json"],
             id="the-copy-is-not-made-again",
         ),
         pytest.param(
             replace(FRESH, unit=unit("inactive"), info=None),
-            ["do write /var/lib/nodeagent/engine-options.json", "do write /etc/docker/daemon.json"],
+            ["do write /var/lib/nodeagent/engine-options.json",
+             "do write /etc/docker/daemon.json",
+             "do remove /run/nodeagent/candidate/daemon.json"],
             id="stopped-engine-needs-no-restart",
         ),
         pytest.param(
-            replace(RIGHT, record=OURS, restart_pending="run-0\n"),
+            replace(RIGHT, record=OURS, pending="restart 50.000\n"),
             ["do restart docker.service: /etc/docker/daemon.json changed"],
             id="killed-before-restart",
         ),
         pytest.param(
-            replace(RIGHT, unit=unit("activating"), info=None, restart_pending="run-7\n"),
-            ["do restart docker.service: /etc/docker/daemon.json changed"],
+            replace(
+                RIGHT, unit=replace(unit("activating"), began_s=45.0), info=None,
+                pending="restart 50.000\n",
+            ),
+            ["wait docker.service to start"],
             id="killed-before-restart-of-an-engine-still-starting",
         ),
         pytest.param(
-            replace(RIGHT, restart_pending="run-before\n"),
+            replace(RIGHT, unit=replace(RUNNING, began_s=51.0), pending="restart 50.000\n"),
             ["do remove /run/nodeagent/engine-restart-pending"],
             id="killed-after-restart",
+        ),
+        pytest.param(
+            replace(RIGHT, pending="run-0\n"),
+            ["do remove /run/nodeagent/engine-restart-pending"],
+            id="a-mark-of-an-earlier-version",
         ),
         pytest.param(
             replace(RIGHT, unit=unit("inactive"), info=None),
@@ -264,7 +287,7 @@ def unit(active: str, *, load: str = "loaded", enabled: str = "enabled") -> Unit
             id="stopped",
         ),
         pytest.param(
-            replace(RIGHT, unit=unit("inactive"), info=None, restart_pending="run-0\n"),
+            replace(RIGHT, unit=unit("inactive"), info=None, pending="restart 50.000\n"),
             ["do start docker.service"],
             id="stopped-before-the-restart",
         ),
@@ -275,7 +298,7 @@ def unit(active: str, *, load: str = "loaded", enabled: str = "enabled") -> Unit
         ),
         pytest.param(
             replace(RIGHT, unit=unit("activating"), info=None),
-            ["wait docker.service to answer on its socket"],
+            ["wait docker.service to start"],
             id="starting",
         ),
         pytest.param(
@@ -307,30 +330,30 @@ def unit(active: str, *, load: str = "loaded", enabled: str = "enabled") -> Unit
             id="failed-without-a-word",
         ),
         pytest.param(
-            replace(FRESH, info=replace(INFO, version="19.03.15")),
+            replace(FRESH, info=None, version="19.03.15"),
             ["block Docker Engine 19.03.15 is too old", "fix install 20.10 or newer"],
             id="too-old",
         ),
         pytest.param(
-            replace(RIGHT, info=replace(INFO, version="20.10.24+dfsg1")),
+            replace(RIGHT, version="20.10.24+dfsg1"),
             ["done Docker Engine 20.10.24+dfsg1, logs json-file"],
             id="just-new-enough",
         ),
         pytest.param(
-            replace(RIGHT, info=replace(INFO, version="dev")),
+            replace(RIGHT, version="dev"),
             ["done Docker Engine dev, logs json-file"],
             id="a-build-without-a-number",
         ),
         pytest.param(
-            replace(RIGHT, info=replace(INFO, log_driver="syslog")),
-            ["block the Engine logs with syslog although /etc/docker/daemon.json asks for "
-             "json-file",
+            replace(RIGHT, info=replace(INFO, options={"log-driver": "syslog"})),
+            ['block the Engine runs with log-driver "syslog" although /etc/docker/daemon.json '
+             'asks for "json-file"',
              "fix systemctl cat docker.service; look for --log-driver; "
              "then systemctl restart docker.service"],
             id="a-flag-of-the-unit-wins",
         ),
         pytest.param(
-            replace(RIGHT, info=replace(INFO, live_restore=True)),
+            replace(RIGHT, info=replace(INFO, options={"live-restore": True})),
             ["block the Engine runs with live-restore although /etc/docker/daemon.json does not "
              "ask for it; an Engine in Swarm mode cannot have that",
              "fix systemctl cat docker.service; look for --live-restore; "
@@ -354,24 +377,11 @@ def unit(active: str, *, load: str = "loaded", enabled: str = "enabled") -> Unit
     ],
 )  # fmt: skip
 def test_plan(seen: Seen, plan: list[str]) -> None:
-    assert said(engine.diff(DEFAULT, seen)) == plan
+    assert said(engine.diff(DEFAULT, shown_to_the_engine(seen, DEFAULT))) == plan
 
 
 class Killed(BaseException):
     """kill -9."""
-
-
-class RecordingSystemd(FakeSystemd):
-    """Knows which file the user's Engine started with."""
-
-    def __init__(self, machine: Machine) -> None:
-        super().__init__(machine)
-        self.runs_with = machine.files.read(paths.DAEMON_JSON)
-
-    def start(self, name: str) -> None:
-        if name == paths.ENGINE_UNIT and not self.units[name].is_active:
-            self.runs_with = self.machine.files.read(paths.DAEMON_JSON)
-        super().start(name)
 
 
 OWNERS = {
@@ -392,8 +402,7 @@ def alone(file: object | None) -> Machine:
     machine = World().machine(one_server(DEFAULTS), "10.10.0.11")
     if file is not None:
         machine.files.texts[paths.DAEMON_JSON] = json.dumps(file)
-    machine.systemd = RecordingSystemd(machine)
-    machine.host = replace(machine.host, systemd=machine.systemd)
+    machine.engine.runs_with = machine.files.read(paths.DAEMON_JSON)
     return machine
 
 
@@ -433,8 +442,7 @@ def file_of(machine: Machine) -> Any:
 
 
 def assert_runs_with_its_file(machine: Machine) -> None:
-    assert isinstance(machine.systemd, RecordingSystemd)
-    assert machine.systemd.runs_with == machine.files.texts[paths.DAEMON_JSON]
+    assert machine.engine.runs_with == machine.files.texts[paths.DAEMON_JSON]
     assert machine.files.read(paths.RESTART_PENDING) is None
 
 
@@ -500,7 +508,7 @@ def test_killed_after_every_change_of_a_second_spec(third: Section, size: str) -
         if not died:
             break
         made += 1
-    assert made == 5, "record, mark, file, restart, and the mark's removal"
+    assert made == 10, "candidate, record, mark, file, lock, restart, and what is undone then"
 
 
 def test_the_owners_log_options_are_kept_for_good_and_one_restart_is_enough() -> None:
@@ -529,10 +537,10 @@ def test_the_owners_file_as_it_was_is_kept_once_and_for_all() -> None:
 
 
 def test_the_files_mode_stays_its_owners() -> None:
-    spec = make_spec()
+    spec, seen = make_spec(), replace(FRESH, daemon_json="{}")
     modes = {
         change.path: change.mode
-        for change in engine.diff(spec, replace(FRESH, daemon_json="{}")).changes
+        for change in engine.diff(spec, shown_to_the_engine(seen, spec)).changes
         if isinstance(change, WriteFile)
     }
     assert modes[paths.DAEMON_JSON] is KEEP_MODE
@@ -548,3 +556,227 @@ def test_what_blocks_changes_nothing(file: str) -> None:
     plan: Plan = engine.diff(spec, engine.observe(spec, machine.host))
     assert plan.blocked
     assert machine.files.texts == before
+
+
+BULKY: Section = {"engine": "{options: {bip: 10.99.0.1/16}}"}
+DIES = {"10.99.0.1": "failed to start daemon: no such network"}
+
+
+def dying(words: Mapping[str, str] = DIES) -> Machine:
+    """A machine whose Engine runs with what it has, and dies of these pieces of a file."""
+    machine = alone(OWNERS)
+    until_ready(machine)
+    machine.systemd.deadly = dict(words)
+    return machine
+
+
+def test_options_that_the_engine_dies_of_are_taken_back_and_not_tried_again() -> None:
+    machine = dying()
+    before = machine.files.texts[paths.DAEMON_JSON]
+    restarts = machine.systemd.restarts
+    for _ in range(6):
+        last = cycle(machine, BULKY)
+    assert last.is_blocked
+    assert "failed to start daemon: no such network" in last.sentence
+    assert machine.files.texts[paths.DAEMON_JSON] == before
+    assert machine.engine_is_up
+    assert_runs_with_its_file(machine)
+    assert machine.systemd.restarts == restarts + 1, "the attempt failed, the way back did not"
+    assert machine.program.asked == 2, "the new file of each of two attempts was shown to it first"
+
+
+@pytest.mark.parametrize("news", ["the-spec", "the-file", "the-version"])
+def test_they_are_tried_again_when_something_is_new(news: str) -> None:
+    machine, section = dying(), BULKY
+    for _ in range(6):
+        cycle(machine, section)
+    machine.systemd.deadly = {}
+    assert cycle(machine, section).is_blocked
+    if news == "the-spec":
+        section = {"engine": "{options: {bip: 10.99.0.1/16, debug: true}}"}
+    elif news == "the-file":
+        machine.files.write(paths.DAEMON_JSON, "{}", None)
+    else:
+        machine.program.text = "28.5.2"
+    until_ready(machine, section)
+    assert file_of(machine)["bip"] == "10.99.0.1/16"
+    assert_runs_with_its_file(machine)
+
+
+@pytest.mark.parametrize("death", ["agent", "power"])
+def test_killed_after_every_change_on_the_way_back(death: str) -> None:
+    made = 0
+    while True:
+        machine = dying()
+        before = machine.files.texts[paths.DAEMON_JSON]
+        died = killed_after(machine, made, BULKY)
+        if died and death == "power":
+            machine.lose_power()
+            with contextlib.suppress(HostError):  # the Engine fails at boot, too
+                machine.boot()
+            for name in (paths.SYSTEM_ENGINE_UNIT, paths.GUARD_UNIT):
+                machine.systemd.start(name)
+            machine.system_engine.start_container("consul")
+        for _ in range(8):
+            last = cycle(machine, BULKY)
+        assert last.is_blocked, (made, last.sentence)
+        assert machine.files.texts[paths.DAEMON_JSON] == before, made
+        assert machine.engine_is_up, made
+        assert_runs_with_its_file(machine)
+        if not died:
+            break
+        made += 1
+    assert made >= 10
+
+
+def test_what_the_engine_says_against_it_is_told_before_anything_is_written() -> None:
+    machine = alone(OWNERS)
+    machine.program.refused = {"10.99.0.1": "invalid CIDR address"}
+    before = dict(machine.files.texts)
+    for _ in range(3):
+        last = cycle(machine, BULKY)
+    assert last.is_blocked
+    assert "so nothing was changed: invalid CIDR address" in last.sentence
+    assert machine.files.texts[paths.DAEMON_JSON] == before[paths.DAEMON_JSON]
+    assert machine.systemd.restarts == 0
+
+
+def test_an_engine_that_takes_the_options_and_does_not_show_them() -> None:
+    machine = alone(OWNERS)
+    until_ready(machine)
+    before = machine.files.texts[paths.DAEMON_JSON]
+    machine.engine.deaf = {"debug"}
+    for _ in range(6):
+        last = cycle(machine, {"engine": "{options: {debug: true, bip: 10.99.0.1/16}}"})
+    assert last.is_blocked
+    assert "the Engine runs with debug false although" in last.sentence
+    assert machine.files.texts[paths.DAEMON_JSON] == before
+    assert_runs_with_its_file(machine)
+
+
+def test_what_can_be_reloaded_needs_no_restart() -> None:
+    machine = alone(OWNERS)
+    until_ready(machine)
+    restarts = machine.systemd.restarts
+    until_ready(machine, {"engine": "{options: {debug: true, labels: [zone=a]}}"})
+    assert (machine.systemd.restarts, machine.systemd.reloads) == (restarts, 1)
+    assert file_of(machine)["labels"] == ["zone=a"]
+    assert_runs_with_its_file(machine)
+    until_ready(machine)
+    assert file_of(machine) == MERGED, "what is asked no more is taken out again"
+    assert machine.systemd.reloads == 2
+
+
+STUCK = (
+    "failed to start daemon: Error initializing network controller: error creating default "
+    '"bridge" network: cannot create network 30fe (docker0): conflicts with network 5a03 '
+    "(docker0): networks have same bridge name"
+)
+STORE = Path("/var/lib/docker/network/files/local-kv.db")
+
+
+def test_an_engine_that_cannot_start_over_its_own_store_gets_a_new_one() -> None:
+    machine = alone(None)
+    until_ready(machine)
+    machine.files.texts[STORE] = "bolt"
+    machine.systemd.stop(paths.ENGINE_UNIT)
+    machine.systemd.failing[paths.ENGINE_UNIT] = (STUCK, "Main process exited")
+    with contextlib.suppress(HostError):
+        machine.systemd.start(paths.ENGINE_UNIT)
+    run_cycle(one_server(DEFAULTS), machine.host, STEPS, lambda _: None, without_store(machine))
+    until_ready(machine)
+    assert machine.files.texts[paths.ENGINE_NETWORKS] == "bolt"
+    assert STORE not in machine.files.texts
+
+
+def without_store(machine: Machine) -> Apply:
+    """Let the Engine start again once its store is away."""
+
+    def apply(change: Change, host: Host) -> None:
+        make(change, host)
+        if STORE not in machine.files.texts:
+            machine.systemd.failing.clear()
+
+    return apply
+
+
+def test_a_store_with_the_owners_networks_is_left_alone() -> None:
+    seen = replace(
+        RIGHT,
+        unit=unit("failed"),
+        info=None,
+        journal=(STUCK,),
+        networks=("bridge", "host", "none", "shop_front"),
+    )
+    [why, fix] = said(engine.diff(DEFAULT, seen))
+    assert why.startswith("block the Engine's store of networks holds its bridge twice")
+    assert "shop_front" in why
+    assert fix.startswith("fix mv /var/lib/docker/network/files/local-kv.db /root/")
+
+
+FLAGS = (
+    Word("/usr/sbin/dockerd", "/lib/systemd/system/docker.service"),
+    Word("-H", "/lib/systemd/system/docker.service"),
+    Word("fd://", "/lib/systemd/system/docker.service"),
+)
+
+
+def flagged(*words: str) -> Seen:
+    given = tuple(Word(word, "/etc/default/docker") for word in words)
+    return replace(FRESH, unit=replace(RUNNING, command=(*FLAGS, *given)))
+
+
+BIP = make_spec(engine="{options: {bip: 10.99.0.1/16}}")
+
+
+@pytest.mark.parametrize(
+    ("words", "spec", "wanted"),
+    [
+        pytest.param(("--debug",), DEFAULT, STOCK, id="a-flag-of-no-interest"),
+        pytest.param(("--log-driver=syslog",), DEFAULT, None, id="the-driver-by-a-flag"),
+        pytest.param(("--log-driver", "syslog"), DEFAULT, None, id="the-driver-in-two-words"),
+        pytest.param(("--log-opt", "max-size=1m"), DEFAULT, None, id="a-log-option-by-a-flag"),
+        pytest.param(("--bip=10.99.0.1/16",), BIP, STOCK, id="the-same-value"),
+    ],
+)
+def test_what_a_flag_says_is_not_said_again(
+    words: tuple[str, ...], spec: Spec, wanted: object
+) -> None:
+    assert file_after(flagged(*words), spec) == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "spec", "why"),
+    [
+        pytest.param(
+            ("--bip=10.1.0.1/16",), BIP,
+            'block bip is --bip=10.1.0.1/16 in /etc/default/docker and "10.99.0.1/16" by '
+            "/etc/nodeagent/node.yaml",
+            id="another-value",
+        ),
+        pytest.param(
+            ("--log-driver=syslog",), TWENTY,
+            'block log-driver is --log-driver=syslog in /etc/default/docker and "json-file" by '
+            "/etc/nodeagent/node.yaml",
+            id="another-driver",
+        ),
+    ],
+)  # fmt: skip
+def test_a_flag_that_contradicts_is_named_with_both_places(
+    words: tuple[str, ...], spec: Spec, why: str
+) -> None:
+    assert said(engine.diff(spec, flagged(*words)))[0] == why
+
+
+def test_containers_older_than_the_option_are_counted_and_named() -> None:
+    other = LogSettings("json-file", {}, made=0.5)
+    logs = (
+        ("api", other),
+        ("db", other),
+        ("late", replace(other, made=2.0)),
+        ("same", LogSettings("json-file", OPTS, made=0.5)),
+    )
+    assert said(engine.diff(DEFAULT, replace(RIGHT, logs=logs))) == [
+        "done Docker Engine 26.1.5, logs json-file; 2 containers are older and keep their own log "
+        "settings: api, db"
+    ]

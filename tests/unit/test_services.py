@@ -14,7 +14,9 @@ from tests.unit.expect import said
 from tests.unit.fakes import make_spec
 
 SERVER, WORKER = make_spec("server"), make_spec("worker")
-ENGINE = EngineInfo("26.1.5", "json-file", False, SwarmInfo("active", "node-1", True, "swarm-1"))
+ENGINE = EngineInfo(
+    "26.1.5", {"log-driver": "json-file"}, SwarmInfo("active", "node-1", True, "swarm-1")
+)
 
 
 def registered(spec: Spec, engine: EngineInfo = ENGINE) -> dict[str, Service]:
