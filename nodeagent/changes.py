@@ -201,7 +201,7 @@ class MoveAside:
         return f"move {self.path.name} to {self.to.parent}: {self.why}"
 
     def apply(self, host: Host) -> None:
-        host.files.move(self.path, self.to)
+        host.files.set_aside(self.path, self.to)
 
 
 @dataclass(frozen=True)

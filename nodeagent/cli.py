@@ -39,6 +39,7 @@ EXAMPLES = {
     "apply": "sudo nodeagent apply --timeout 120",
     "plan": "sudo nodeagent plan",
     "status": "nodeagent status --wait --timeout 120",
+    "reset": "sudo systemctl disable --now nodeagent && sudo nodeagent reset",
     "install": "sudo nodeagent install --spec node.yaml --secrets secrets.json",
     "secrets": "nodeagent secrets new secrets.json",
     "secrets new": "nodeagent secrets new secrets.json",
@@ -153,6 +154,23 @@ def _status(arguments: argparse.Namespace) -> int:
             is_blocked = status is not None and status["state"] == "blocked"
             return _exit_of(is_ready=is_ready, is_blocked=is_blocked)
         clock.wait(POLL_S)
+
+
+def _reset(arguments: argparse.Namespace) -> int:
+    _need_root("reset")
+    from nodeagent import converge, spec
+    from nodeagent.adapters.node import this_machine
+    from nodeagent.steps import STEPS
+
+    host, wanted = this_machine(), spec.load(arguments.spec, spec.Spec)
+    with host.files.try_lock(paths.ALIVE) as is_ours:
+        if not is_ours:
+            hint = "systemctl disable --now nodeagent"
+            raise UsageError(f"the agent is running and would make it all again: {hint}")
+        cycle = converge.take_back(wanted, host, STEPS, lambda _: None)
+    for result in cycle.results:
+        print(f"{result.name}: {result.sentence}")
+    return _exit_of(is_ready=cycle.is_ready, is_blocked=cycle.is_blocked)
 
 
 def _install(arguments: argparse.Namespace) -> int:
@@ -344,7 +362,9 @@ def _parser() -> argparse.ArgumentParser:
     run = verb("run", _run, "converge this node for ever; what the systemd unit starts")
     apply = verb("apply", _apply, "converge this node once, showing progress")
     plan = verb("plan", _plan, "show what apply would change here; change nothing")
-    for added in (run, apply, plan):
+    about = "give this machine its own files back: daemon.json, DNS, the kernel's command line"
+    reset = verb("reset", _reset, about)
+    for added in (run, apply, plan, reset):
         added.add_argument(
             "--spec", **file, default=paths.SPEC, help=f"the spec; default {paths.SPEC}"
         )

@@ -121,6 +121,16 @@ def _judge(step: Step, plan: Plan) -> StepResult:
     return StepResult(step.name, "done", plan.summary)
 
 
+def take_back(spec: Spec, host: Host, steps: Sequence[Step], progress: Progress) -> Cycle:
+    """Give the machine back what its owner had, last step first, as far as each step can."""
+    results = []
+    for step in reversed(steps):
+        if step.undo is not None:
+            results.append(_bring_right(replace(step, diff=step.undo), spec, host, progress, make))
+            progress(results[-1])
+    return Cycle(tuple(results))
+
+
 @dataclass(frozen=True)
 class Preview:
     """What one step would do now."""

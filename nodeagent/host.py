@@ -233,7 +233,7 @@ class Files(Protocol):
         """
 
     def remove(self, path: Path) -> None: ...
-    def move(self, path: Path, to: Path) -> None:
+    def set_aside(self, path: Path, to: Path) -> None:
         """Move a file to a place where there may be another one, durably."""
 
     def exists(self, path: Path) -> bool: ...

@@ -239,6 +239,11 @@ def owners_alone(found: Mapping[str, Any], record: Record) -> Options:
     return _deep({k: v for k, v in present.items() if not record.is_ours(k, v)}, found)
 
 
+def is_same(some: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two files say the same; no `log-opts` and empty ones do."""
+    return flat(some) == flat(other)
+
+
 def _log_options(log: Log) -> Options:
     opts = {"max-size": log.max_size, "max-file": str(log.max_file), "compress": "true"}
     return flat({"log-driver": log.driver, "log-opts": opts})

@@ -48,9 +48,13 @@ def done(summary: str) -> Plan:
 
 @dataclass(frozen=True)
 class Step:
-    """A thing made right: `observe` only reads; `diff` is pure."""
+    """A thing made right: `observe` only reads; `diff` is pure.
+
+    `undo`, as pure, gives the machine back what its owner had there before.
+    """
 
     name: str
     requires: tuple[str, ...]
     observe: Callable[[Spec, Host], Any]
     diff: Callable[[Spec, Any], Plan]
+    undo: Callable[[Spec, Any], Plan] | None = None

@@ -54,7 +54,7 @@ class LocalFiles:
         with _errors("remove", path):
             path.unlink(missing_ok=True)
 
-    def move(self, path: Path, to: Path) -> None:
+    def set_aside(self, path: Path, to: Path) -> None:
         with _errors("move", path):
             _make_directory(to.parent)
             temporary = _beside(to)  # to may be on another file system

@@ -81,6 +81,7 @@ class Seen:
     networks: tuple[str, ...] = ()  # in the Engine's own store, if it cannot start with that
     data_root: str = DATA_ROOT
     logs: tuple[tuple[str, LogSettings], ...] = ()
+    original: str | None = None  # the owner's file, before we first wrote it
     dns: tuple[str, ...] = ()
 
     @property
@@ -111,6 +112,7 @@ def observe(_spec: Spec, host: Host) -> Seen:
         now_s=host.clock.monotonic(),
         wall_s=host.clock.now(),
         candidate=candidate,
+        original=host.files.read(paths.ORIGINAL_DAEMON_JSON),
     )
     if "cluster-store" in (daemon_json or ""):
         seen = replace(seen, has_consul=host.engine_program.has_consul())
@@ -295,6 +297,27 @@ def _run(seen: Seen, record: Record, found: Options) -> Plan:
     return done(_summary(seen, record))
 
 
+def undo(_spec: Spec, seen: Seen) -> Plan:
+    """Take our options out of the file; as the owner left it, to the byte, where that is all."""
+    if seen.record is None:
+        return done("the Engine has no options of ours")
+    record, found = Record.parse(seen.record), options.parse(seen.daemon_json)
+    rest = options.owners_alone(found, record)
+    pending = Pending.parse(seen.pending)
+    if rest != found:
+        text = options.dump(rest)
+        if seen.original is not None and options.is_same(options.parse(seen.original), rest):
+            text = seen.original
+        is_empty = seen.original is None and options.is_same(rest, {})
+        back = RemoveFile(paths.DAEMON_JSON)
+        write = WriteFile(paths.DAEMON_JSON, text, KEEP_MODE)
+        return change(_pend("restart", seen), back if is_empty else write)
+    if pending is not None and not _is_restarted(seen, pending) and seen.unit.is_active:
+        return change(_restart())
+    gone = (paths.RESTART_PENDING, paths.OPTIONS_CANDIDATE, paths.ORIGINAL_DAEMON_JSON)
+    return change(*(RemoveFile(path) for path in (*gone, paths.ENGINE_RECORD)))
+
+
 def _restart() -> Change:
     return RestartUnit(paths.ENGINE_UNIT, f"{paths.DAEMON_JSON} changed")
 
@@ -408,4 +431,4 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in numbers.groups()) if numbers else (9999, 0)
 
 
-STEP = Step("engine", requires=("identity",), observe=observe, diff=diff)
+STEP = Step("engine", requires=("identity",), observe=observe, diff=diff, undo=undo)

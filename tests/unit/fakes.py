@@ -111,7 +111,7 @@ class FakeFiles:
             self.texts.pop(path, None)
             self.modes.pop(path, None)
 
-    def move(self, path: Path, to: Path) -> None:
+    def set_aside(self, path: Path, to: Path) -> None:
         text = self.read(path)
         if text is None:
             raise HostError("move", path, "No such file or directory")

@@ -321,6 +321,7 @@ def test_who_is_admitted_is_itself_and_nobody_else() -> None:
         ("service", "nodeagent", "write"),
         ("service", "docker-engine", "write"),
         ("key_prefix", "nodeagent/demo/nodes/worker22/", "write"),
+        ("key", "nodeagent/demo/engine-restart", "write"),
     }
 
 

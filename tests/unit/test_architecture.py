@@ -234,7 +234,7 @@ def test_steps_stand_in_order_and_what_they_require_comes_first() -> None:
     names = [step.name for step in STEPS]
     assert names == [
         *("identity", "secrets", "consul", "engine"),
-        *("quorum", "guard", "access", "swarm", "services"),
+        *("quorum", "guard", "access", "swarm", "services", "restart"),
     ]
     for position, step in enumerate(STEPS):
         assert set(step.requires) <= set(names[:position]), step.name
