@@ -109,6 +109,34 @@ def test_a_new_swarm_is_ours_and_bare(rig: Rig) -> None:
     assert not rig.one.swarm_is_bare()
 
 
+def test_managers_and_whether_they_are_reachable(rig: Rig) -> None:
+    rig.one.swarm_init(rig.address, LABELS)
+    assert list(rig.one.managers().values()) == [True]
+    with pytest.raises(HostError):
+        rig.two.managers()
+
+
+@pytest.mark.parametrize("rig", [REAL], indirect=True)
+def test_how_containers_logs_are_kept(rig: Rig, request: pytest.FixtureRequest) -> None:
+    machine, _ = request.getfixturevalue("machines")
+    machine.sh(
+        "tar -c --files-from /dev/null | docker import - empty:1 > /dev/null;"
+        "docker create --name plain empty:1 x; docker create --name sized --log-driver local "
+        "--log-opt max-size=3m empty:1 x"
+    )
+    try:
+        found = rig.one.log_settings()
+        assert set(found) == {"plain", "sized"}
+        assert (found["plain"].driver, found["plain"].opts) == ("json-file", {})
+        assert (found["sized"].driver, found["sized"].opts) == ("local", {"max-size": "3m"})
+        now = float(machine.sh("date +%s"))
+        assert all(now - 60 < each.made <= now + 1 for each in found.values())
+        machine.sh("docker rm plain")
+        assert set(rig.one.log_settings()) == {"sized"}
+    finally:
+        machine.sh("docker rm -f plain sized 2>/dev/null; docker rmi empty:1", check=False)
+
+
 def test_a_second_init_is_an_error_and_changes_nothing(rig: Rig) -> None:
     rig.one.swarm_init(rig.address, LABELS)
     before = swarm(rig.one)

@@ -279,3 +279,32 @@ def test_a_machine_without_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HostError, match=r"x\.service"):
         SystemdManager().unit("x.service")
+
+
+@pytest.mark.parametrize("rig", [REAL], indirect=True)
+def test_the_words_of_a_command_and_where_each_stands(
+    rig: Rig, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """As systemd itself fills in the environment: the process's own command line says the same."""
+    machine, _ = request.getfixturevalue("machines")
+    options = tmp_path / "options"
+    options.write_text('# a remark\nMORE="--two --three=4"\nEMPTY=\nFIVE=5\n')
+    machine.write(str(options), options.read_text())
+    place = "/etc/systemd/system/words.service"
+    machine.write(
+        place,
+        "[Service]\nEnvironment=ONE=1 FIVE=no\n"
+        f"EnvironmentFile=-{options}\nEnvironmentFile=-/nowhere\n"
+        "ExecStart=/bin/sh -c 'exec sleep infinity' --one=${ONE} $MORE $EMPTY --five=${FIVE}\n",
+    )
+    rig.systemd.reload()
+    rig.systemd.start("words.service")
+    found = rig.systemd.unit("words.service")
+    words = {word.text: word.place for word in found.command}
+    assert list(words)[-4:] == ["--one=1", "--two", "--three=4", "--five=5"]
+    assert words["--two"] == words["--three=4"] == words["--five=5"] == str(options)
+    assert words["--one=1"] == words["/bin/sh"] == place
+    shown = machine.sh("systemctl show --value --property=ExecMainStartTimestampMonotonic words")
+    assert abs(found.began_s - int(shown) / 1e6) < 1
+    assert found.restarts == 0
+    machine.sh(f"systemctl stop words; rm {place}; systemctl daemon-reload")
