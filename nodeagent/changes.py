@@ -292,6 +292,24 @@ class EnableUnit:
 
 
 @dataclass(frozen=True)
+class Reboot:
+    """`marker` says, as long as this boot lasts, that it was asked for."""
+
+    marker: Path
+    why: str
+    session: str = ""  # the lock that a member of a Swarm needs for it
+
+    def __str__(self) -> str:
+        return f"reboot this machine: {self.why}"
+
+    def apply(self, host: Host) -> None:
+        if self.session:
+            _still_held(self.session, host)
+        host.systemd.reboot()
+        host.files.write(self.marker, "", 0o600)
+
+
+@dataclass(frozen=True)
 class LoadImage:
     archive: Path
     image: str

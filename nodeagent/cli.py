@@ -39,7 +39,7 @@ EXAMPLES = {
     "apply": "sudo nodeagent apply --timeout 120",
     "plan": "sudo nodeagent plan",
     "status": "nodeagent status --wait --timeout 120",
-    "reset": "sudo systemctl disable --now nodeagent && sudo nodeagent reset",
+    "reset": "sudo systemctl disable --now nodeagent; sudo nodeagent reset",
     "install": "sudo nodeagent install --spec node.yaml --secrets secrets.json",
     "secrets": "nodeagent secrets new secrets.json",
     "secrets new": "nodeagent secrets new secrets.json",

@@ -289,6 +289,9 @@ class Systemd(Protocol):
 
     def enable(self, name: str) -> None: ...
     def reload(self) -> None: ...
+    def reboot(self) -> None:
+        """Ask for a reboot and return at once."""
+
     def last_lines(self, name: str, count: int) -> tuple[str, ...]: ...
     def execute(self, *command: str) -> None:
         """Run a program to its end; raises HostError with its words if it fails."""

@@ -108,7 +108,7 @@ def parse(text: str | None) -> Options:
     if not text.strip():
         return {}
     try:
-        options = json.loads(text)
+        options = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise ValueError(f"line {error.lineno}: {error.msg}") from None
     if not isinstance(options, dict):
@@ -120,6 +120,15 @@ def parse(text: str | None) -> Options:
         if not isinstance(value, str):
             raise ValueError(f"log-opts {name} is {json.dumps(value)}, which needs quotes")
     return options
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Options:
+    """Of a name given twice the Engine takes the last, or for some options both."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)} is given twice")
+    return found
 
 
 def dump(options: Options) -> str:
@@ -321,4 +330,9 @@ def _network_fault(options: Mapping[str, Any]) -> str:
                 raise ValueError
     except (ValueError, KeyError, TypeError):
         return f"{what} is {json.dumps(value)}, which is no network"
+    mirrors = options.get("registry-mirrors")
+    for mirror in mirrors if isinstance(mirrors, list) else ():
+        # moby registry/config.go, `ValidateMirror`; --validate does not ask it.
+        if isinstance(mirror, str) and not re.fullmatch(r"(?i)https?://[^/?#@]+(/[^?#]*)?", mirror):
+            return f"registry-mirrors has {json.dumps(mirror)}, which is no mirror's URL"
     return ""

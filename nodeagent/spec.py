@@ -135,6 +135,7 @@ JOIN = Kind(
     _join_fault,
 )
 OPTIONS = Kind("a mapping of daemon.json's keys to values", {"type": "object"}, _options_fault)
+BOOLEAN = Kind("true or false", {"enum": [True, False]}, hint="one of the two, without quotes")
 SECTION = Kind("a mapping of keys to values", {"enum": []})
 # YAML 1.1 reads a bare `off` as false.
 OFF = Kind("off", {"enum": ["off", False]}, hint="to have it on, leave the key out")
@@ -216,6 +217,18 @@ class Engine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """What is asked of the kernel."""
+
+    memory_accounting: bool = _key(
+        BOOLEAN, "that it accounts for the memory and swap of containers", True
+    )
+    reboot: Literal["once", "never"] = _key(
+        _one_of("once", "never"), "whether this machine may be rebooted for that, once", "once"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Agent:
     """Where a new machine gets nodeagent from; none of these: it is baked into the image."""
 
@@ -248,6 +261,7 @@ class Cluster:
     consul: Consul = _key(Consul, "Consul", Consul())
     swarm: Swarm = _key(Swarm, "Swarm", Swarm())
     engine: Engine = _key(Engine, "the Docker Engine", Engine())
+    kernel: Kernel = _key(Kernel, "the kernel", Kernel())
     agent: Agent = _key(Agent, "how new machines get nodeagent (used by user-data only)", Agent())
 
     @property
@@ -404,7 +418,7 @@ class _Reader:
         hint = kind.fault(value)
         if hint is not None:
             self.complain(at, f"found {_shown(value)}; allowed: {kind.expected}", hint)
-        if value is False:  # a bare `off`
+        if value is False and kind is OFF:  # a bare `off`
             return "off"
         return tuple(value) if isinstance(value, list) else value
 

@@ -108,6 +108,7 @@ class Dockerd:
         except (OSError, subprocess.SubprocessError) as error:
             raise HostError("check the options of", program, error) from error
         lines = [line for line in done.stderr.splitlines() if line.strip()]
+        lines = [line for line in lines if not line.startswith("See 'dockerd --help'")] or lines
         if NOT_ROOT in done.stderr or not lines:
             return ""
         return _core(lines[-1], copy)

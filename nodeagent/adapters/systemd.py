@@ -73,6 +73,9 @@ class SystemdManager:
     def reload(self) -> None:
         run("systemctl", "daemon-reload", timeout_s=START_TIMEOUT_S)
 
+    def reboot(self) -> None:
+        run("systemctl", "reboot")  # it does not wait
+
     def last_lines(self, name: str, count: int) -> tuple[str, ...]:
         """The last lines a unit's own process wrote, newest last."""
         text = run("journalctl", "-b", "-q", "-o", "cat", "-n", str(count), f"_SYSTEMD_UNIT={name}")

@@ -7,6 +7,7 @@ from nodeagent.steps import (
     engine,
     guard,
     identity,
+    kernel,
     quorum,
     restart,
     secrets,
@@ -16,6 +17,7 @@ from nodeagent.steps import (
 
 STEPS: tuple[Step, ...] = (
     identity.STEP,
+    kernel.STEP,
     secrets.STEP,
     consul.STEP,
     engine.STEP,

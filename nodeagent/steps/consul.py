@@ -353,4 +353,4 @@ def is_name(entry: str) -> bool:
 _CONTAINER_CONFIG = "/consul/config"
 _PROGRAM_OF = paths.CONSUL_BINARY.with_suffix(".sha256")
 
-STEP = Step("consul", requires=("identity", "secrets"), observe=observe, diff=diff)
+STEP = Step("consul", requires=("kernel", "secrets"), observe=observe, diff=diff)

@@ -252,7 +252,7 @@ def _run(seen: Seen, record: Record, found: Options) -> Plan:
         return change(RemoveFile(paths.RESTART_PENDING))  # an earlier version's
     is_tried = pending is None or pending.kind == "reloaded" or _is_restarted(seen, pending)
     on_trial = is_tried and _is_on_trial(seen, record)
-    words = seen.journal[-1] if seen.journal else ""
+    words = _last_words(seen.journal)
     if _is_stuck(seen):
         return _unstick(seen)
     if seen.is_down or (seen.info is None and seen.is_late):
@@ -316,6 +316,12 @@ def undo(_spec: Spec, seen: Seen) -> Plan:
         return change(_restart())
     gone = (paths.RESTART_PENDING, paths.OPTIONS_CANDIDATE, paths.ORIGINAL_DAEMON_JSON)
     return change(*(RemoveFile(path) for path in (*gone, paths.ENGINE_RECORD)))
+
+
+def _last_words(journal: tuple[str, ...]) -> str:
+    """Why it ended, which it says in plain text; one of its threads may log a line after that."""
+    plain = tuple(line for line in journal if not line.startswith("time="))
+    return (plain or journal or ("",))[-1]
 
 
 def _restart() -> Change:
@@ -431,4 +437,4 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in numbers.groups()) if numbers else (9999, 0)
 
 
-STEP = Step("engine", requires=("identity",), observe=observe, diff=diff, undo=undo)
+STEP = Step("engine", requires=("kernel",), observe=observe, diff=diff, undo=undo)

@@ -21,6 +21,7 @@ LAUNCHER = Path("/opt/nodeagent/nodeagent").read_text("utf-8")
 sys.path.insert(0, re.findall(r"sys\.path\.insert\(0, '(.*)'\)", LAUNCHER)[0])
 
 from nodeagent import paths, spec  # noqa: E402 - found by the line above
+from nodeagent.adapters import systemd  # noqa: E402 - as the line before
 from nodeagent.adapters.node import this_machine  # noqa: E402 - as the line before
 from nodeagent.changes import Change  # noqa: E402 - as the line before
 from nodeagent.converge import make, run_cycle  # noqa: E402 - as the line before
@@ -49,7 +50,7 @@ def starts() -> int:
 def converge(
     host: Host, wanted: spec.Spec, apply: Callable[[Change, Host], None]
 ) -> dict[str, str]:
-    """Cycles until one ends as the one that follows it would: done, blocked, or failing for good."""
+    """Cycles until the next would end as the last: done, blocked, or failing for good."""
     step = replace(engine.STEP, requires=())
     words: list[str] = []
     for _ in range(MOST_CYCLES):
@@ -69,13 +70,10 @@ def report(host: Host) -> dict[str, object]:
         info = host.engine.info() if unit.is_active else None
     except HostError:
         info = None
-    kept = (paths.DAEMON_JSON, paths.ENGINE_RECORD, paths.ORIGINAL_DAEMON_JSON)
-    texts = [host.files.read(path) for path in kept]
     directory = paths.DAEMON_JSON.parent
     return {
-        "file": texts[0],
-        "record": json.loads(texts[1]) if texts[1] else None,
-        "original": texts[2],
+        "record": host.files.read(paths.ENGINE_RECORD),
+        "original": host.files.read(paths.ORIGINAL_DAEMON_JSON),
         "pending": host.files.read(paths.RESTART_PENDING),
         "beside": sorted(path.name for path in directory.iterdir()) if directory.is_dir() else [],
         "active": unit.active,
@@ -93,7 +91,7 @@ def main() -> int:
         print(json.dumps(answer))
         return 0
     if "DEADLINE_S" in os.environ:
-        engine.START_DEADLINE_S = float(os.environ["DEADLINE_S"])
+        engine.START_DEADLINE_S = systemd.START_TIMEOUT_S = int(os.environ["DEADLINE_S"])
     left = int(os.environ.get("DIE_AFTER", "-1"))
 
     def apply(change: Change, host: Host) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import base64
+import itertools
 import json
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+import random
+import re
+import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,10 +111,6 @@ def asked(**given: object) -> str:
     return f"options: {json.dumps({key.replace('_', '-'): value for key, value in given.items()})}"
 
 
-def kept(text: str) -> Stays:
-    return Stays(text)
-
-
 TABLE = [
     # -- whether there is a file, and what kind of one
     Row(name="no-file", outcome=Done(), core=True),
@@ -154,7 +153,7 @@ TABLE = [
         before=f"{TINY}; echo '{{\"debug\": true}}' >{FILE}; cat /dev/zero >/etc/docker/fill || :",
         outcome=Stays("write /etc/docker/daemon.json: No space left on device", "failing"),
         core=True),
-    Row(name="immutable-directory-missing", before="mv /etc/docker /etc/docker.away",
+    Row(name="no-directory", before="mv /etc/docker /etc/docker.away",
         after="cp -an /etc/docker.away/. /etc/docker/; rm -r /etc/docker.away", outcome=Done()),
     # -- what its owner has in it, good and bad
     Row(name="owners-options", file=OWNERS, outcome=Done(MERGED), core=True),
@@ -221,9 +220,12 @@ TABLE = [
         "builder": {"gc": {"enabled": True}}}, outcome=Done()),
     Row(name="ulimits", file={"default-ulimits": {
         "nofile": {"Name": "nofile", "Hard": 64000, "Soft": 64000}}}, outcome=Done()),
-    Row(name="tls-without-its-files", file={"tlsverify": True, "tlscacert": "/none",
-        "tlscert": "/none", "tlskey": "/none"}, outcome=Stays(REFUSES)),
-    Row(name="bad-mirror", file={"registry-mirrors": ["mirror"]}, outcome=Stays(REFUSES)),
+    Row(name="tls-without-its-files-that-the-engine-dies-of", restarted=True,
+        file={"tlsverify": True, "tlscacert": "/none", "tlscert": "/none", "tlskey": "/none"},
+        outcome=by(Stays("docker.service fails to start: .*Could not load X509", runs=False),
+                   Stays(REFUSES + "Could not load X509", runs=False))),
+    Row(name="bad-mirror", file={"registry-mirrors": ["mirror"]},
+        outcome=Stays('registry-mirrors has "mirror", which is no mirror\'s URL')),
     Row(name="bad-log-level", file={"log-level": "loud"}, outcome=Stays(REFUSES)),
     Row(name="engines-own-places", file={"data-root": "/var/lib/docker", "exec-root":
         "/var/run/docker", "storage-driver": "overlay2"}, outcome=Done()),
@@ -289,6 +291,8 @@ TABLE = [
         outcome=Stays("bip is --bip=10.97.0.1/24 in /etc/default/docker"), core=True),
     Row(name="flag-and-file", file={"debug": True}, flags="-D", outcome=Stays(BOTH)),
     Row(name="unknown-flag", flags="--no-such-flag", outcome=Stays(REFUSES + "unknown flag")),
+    Row(name="flag-twice-in-the-file", file={"dns": ["10.0.0.1"]}, flags="--dns 10.0.0.2",
+        outcome=Stays(BOTH)),
 ]  # fmt: skip
 assert len({row.name for row in TABLE}) == len(TABLE) >= 60
 
@@ -302,11 +306,12 @@ COUNT = (
 )
 FRESH = f"""
 umount -q /etc/docker || :
-rm -rf {FILE} /etc/docker/.[!.]* /run/nodeagent /run/driver {paths.ENGINE_RECORD} {paths.ORIGINALS}
+rm -rf {FILE} /etc/docker/.daemon* /run/nodeagent /run/driver {paths.ENGINE_RECORD} \\
+    {paths.ORIGINALS}
 : >{FLAGS}
 mkdir /run/driver
 """
-UP = "systemctl reset-failed docker docker.socket; systemctl {} docker"
+ANEW = "systemctl reset-failed docker docker.socket; systemctl restart docker"
 
 
 def prepare(lab: Lab, machine: Machine) -> None:
@@ -318,8 +323,46 @@ def prepare(lab: Lab, machine: Machine) -> None:
         "systemctl disable nodeagent",
         timeout_s=60,
     )
-    driver = Path(__file__).with_name("engine_driver.py")
-    machine.write(DRIVER, driver.read_text("utf-8"))
+    machine.write(DRIVER, Path(__file__).with_name("engine_driver.py").read_text("utf-8"))
+
+
+class Engines:
+    """A machine of each flavour, switched on when it is first asked for."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        self._machines: dict[str, Machine] = {}
+
+    def on(self, *flavours: str) -> list[Machine]:
+        new = [name for name in flavours if name not in self._machines]
+        for name in new:
+            address = f"10.10.0.{71 + list(FLAVOURS).index(name)}"
+            machine = self._lab.machine(f"eng-{name}"[:12], flavour=name, address=address)
+            self._machines[name] = machine
+            machine.boot()
+        for name in new:
+            self._machines[name].wait_booted()
+            prepare(self._lab, self._machines[name])
+        return [self._machines[name] for name in flavours]
+
+    def destroy(self) -> None:
+        for machine in self._machines.values():
+            machine.destroy()
+
+
+@pytest.fixture(scope="module")
+def engines(lab: Lab) -> Iterator[Engines]:
+    found = Engines(lab)
+    try:
+        yield found
+    finally:
+        found.destroy()
+
+
+EACH = pytest.mark.parametrize(
+    "flavour",
+    [pytest.param(name, marks=[] if name == "trixie" else pytest.mark.full) for name in FLAVOURS],
+)
 
 
 @dataclass(frozen=True)
@@ -329,52 +372,276 @@ class Run:
     said: Mapping[str, Any]
     old: bytes | None
     new: bytes | None
-    restarts: int
+    starts: int
     undone: str  # what the row's own last commands said against it
 
-    @property
-    def state(self) -> str:
-        return str(self.said["state"])
 
-
-def drive(machine: Machine, **environment: object) -> dict[str, Any]:
-    """Run the driver to its end; empty when it died."""
-    words = [f"{key}={value}" for key, value in environment.items()]
-    command = ("env", *words, "python3", DRIVER)
+def drive(machine: Machine, *words: str, **environment: object) -> dict[str, Any]:
+    """Run the driver to its end, by way of a command that ends it early; empty when it died."""
+    settings = [f"{key}={value}" for key, value in environment.items()]
+    command = ("env", *settings, *words, "python3", DRIVER)
     done = machine.run(*command, check=False, timeout_s=RUN_TIMEOUT_S)
     if done.returncode not in (0, 137, -9):
         raise LabError(f"{machine.name}: {done.stderr[-2000:]}")
     return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
 
 
-def bytes_of(machine: Machine) -> bytes | None:
+def file_of(machine: Machine) -> bytes | None:
     done = machine.run("base64", "-w0", FILE, check=False)
-    import base64
-
     return base64.b64decode(done.stdout) if done.returncode == 0 else None
 
 
+def write_spec(machine: Machine, section: str) -> None:
+    spec = SPEC + (f"engine: {{{section}}}\n" if section else "")
+    machine.write("/run/driver/node.yaml", spec)
+
+
+def starts(machine: Machine) -> int:
+    """How often the Engine has begun to start in this boot."""
+    return int(machine.sh(COUNT))
+
+
 def fresh(machine: Machine, row: Row) -> int:
-    """Make the machine as the row has it; how often its Engine has been started so far."""
+    """Make the machine as the row has it; returns how often its Engine has been started so far."""
     machine.sh(FRESH)
     if row.text is not None:
         cluster.inside(machine, FILE).write_bytes(row.text)
-    cluster.inside(machine, FLAGS).write_text(f'DOCKER_OPTS="{row.flags}"\n', "utf-8")
-    spec = SPEC + (f"engine: {{{row.engine}}}\n" if row.engine else "")
-    cluster.inside(machine, "/run/driver/node.yaml").write_text(spec, "utf-8")
-    if row.restarted:
-        machine.sh(f"{UP.format('restart')} || :")
-    said = machine.sh(f"{row.before or ':'}; {COUNT}")
-    return int(said.split()[-1])
+    if row.flags:
+        cluster.inside(machine, FLAGS).write_text(f'DOCKER_OPTS="{row.flags}"\n', "utf-8")
+    write_spec(machine, row.engine)
+    again = f"{ANEW} || :;" if row.restarted else ""
+    return int(machine.sh(f"{again} {row.before or ':'}; {COUNT}").split()[-1])
 
 
 def play(machine: Machine, row: Row) -> Run:
     before = fresh(machine, row)
-    old = bytes_of(machine)
+    old = file_of(machine)
     said = drive(machine)
-    new = bytes_of(machine)
+    new = file_of(machine)
     undone = machine.run("sh", "-euc", row.after or ":", check=False)
-    if said["active"] != "active":
-        machine.sh(f"{FRESH}{UP.format('restart')}")
     why = undone.stderr.strip() or f"exit {undone.returncode}" if undone.returncode else ""
+    if said["active"] != "active":
+        machine.sh(f"{FRESH}{ANEW}")
     return Run(said, old, new, said["starts"] - before, why)
+
+
+# -- the table
+
+
+def judge(row: Row, flavour: str, run: Run) -> None:
+    outcome, said = row.on(flavour), run.said
+    sentence = f"{said['state']}: {said['sentence']}"
+    assert re.search(outcome.says, said["sentence"], re.DOTALL), sentence
+    assert not run.undone
+    assert not [name for name in said["beside"] if "nodeagent" in name]
+    if isinstance(outcome, Stays):
+        assert said["state"] == outcome.state, sentence
+        assert said["fix"] or outcome.state != "blocked"
+        assert run.new == run.old
+        if outcome.runs:
+            assert (said["active"], run.starts) == ("active", 0)
+        return
+    assert (said["state"], said["active"], said["again"]) == ("done", "active", []), sentence
+    if outcome.restarts is not None:
+        assert run.starts == outcome.restarts, said["changes"]
+    old, new = (
+        options.parse((text or b"").decode("utf-8", "surrogateescape"))
+        for text in (run.old, run.new)
+    )
+    assert new == {**old, **outcome.adds}
+    if run.old is not None and run.old != run.new:
+        assert said["original"].encode("utf-8", "surrogateescape") == run.old
+    shown = {key: said["shown"][key] for key in outcome.shows}
+    assert shown == outcome.shows
+    assert bool(said["pending"]) == ("wait for a restart" in outcome.says)
+
+
+Key = tuple[str, str]
+CELLS = [
+    pytest.param(
+        flavour,
+        row,
+        marks=[] if row.core and flavour == "trixie" else pytest.mark.full,
+        id=f"{row.name}-{flavour}",
+    )
+    for flavour in FLAVOURS
+    for row in TABLE
+]
+
+
+@pytest.fixture(scope="module")
+def played(request: pytest.FixtureRequest, engines: Engines) -> dict[Key, Run | LabError]:
+    """Every row that is asked for, played on its machine; the machines work side by side."""
+    cells: list[Any] = [
+        item.callspec.params
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.originalname == "test_a_row_of_the_table"
+    ]
+    names = [name for name in FLAVOURS if any(cell["flavour"] == name for cell in cells)]
+    runs: dict[Key, Run | LabError] = {}
+
+    def play_all(name: str, machine: Machine) -> None:
+        for row in (cell["row"] for cell in cells if cell["flavour"] == name):
+            try:
+                runs[name, row.name] = play(machine, row)
+            except LabError as error:
+                runs[name, row.name] = error
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(play_all, names, engines.on(*names)))
+    for row in TABLE:
+        for name in names:
+            run = runs.get((name, row.name))
+            if isinstance(run, Run):
+                said = f"{run.said['state']}, {run.starts} starts: {run.said['sentence']}"
+                print(f"{row.name:45} {name:9} {said[:150]}")
+    return runs
+
+
+@pytest.mark.parametrize(("flavour", "row"), CELLS)
+def test_a_row_of_the_table(played: dict[Key, Run | LabError], flavour: str, row: Row) -> None:
+    run = played[flavour, row.name]
+    if isinstance(run, LabError):
+        raise run
+    judge(row, flavour, run)
+
+
+# -- death in the middle
+
+
+OLD_FILE = {"shutdown-timeout": 7}
+CHANGING = Row(name="changing", file=OLD_FILE, outcome=Done())
+
+
+def assert_whole(machine: Machine, made: object) -> None:
+    text = file_of(machine)
+    assert text is not None
+    assert json.loads(text) in (OLD_FILE, {**OLD_FILE, **STOCK}), made
+    assert machine.sh("docker info -f '{{.ServerVersion}}'"), made
+
+
+def assert_goes_on(machine: Machine, before: int, made: object) -> None:
+    said = drive(machine)
+    assert said["state"] == "done", (made, said)
+    assert json.loads(file_of(machine) or b"") == {**OLD_FILE, **STOCK}
+    assert not [name for name in said["beside"] if "nodeagent" in name]
+    assert (said["active"], said["pending"]) == ("active", None)
+    assert said["starts"] - before == 1, (made, said["changes"])
+
+
+@pytest.mark.full
+@EACH
+def test_killed_after_every_change(engines: Engines, flavour: str) -> None:
+    (machine,) = engines.on(flavour)
+    for made in itertools.count(1):
+        before = fresh(machine, CHANGING)
+        said = drive(machine, DIE_AFTER=made)
+        if said:
+            assert said["state"] == "done"
+            break
+        assert_whole(machine, made)
+        assert_goes_on(machine, before, made)
+    assert made > 8, "candidate, record, the owner's file, mark, file, restart, what is undone then"
+
+
+@pytest.mark.full
+@EACH
+def test_killed_at_any_time(engines: Engines, flavour: str) -> None:
+    (machine,) = engines.on(flavour)
+    fresh(machine, CHANGING)
+    began = time.monotonic()
+    assert drive(machine)["state"] == "done"
+    took_s = time.monotonic() - began
+    chance, deaths = random.Random(4), 0
+    for _ in range(20):
+        after_s = chance.uniform(0.2, 1) * took_s
+        before = fresh(machine, CHANGING)
+        deaths += not drive(machine, "timeout", "-s", "KILL", f"{after_s:.3f}")
+        assert_whole(machine, after_s)
+        assert_goes_on(machine, before, after_s)
+    assert deaths >= 10, "most of them are to come before its end"
+
+
+@pytest.mark.full
+def test_power_lost_after_every_change(engines: Engines) -> None:
+    """Of what was not synced nothing is lost here: the page cache is the box's."""
+    (machine,) = engines.on("trixie")
+    for made in itertools.count(1):
+        fresh(machine, CHANGING)
+        if drive(machine, DIE_AFTER=made):
+            break
+        machine.kill()
+        machine.boot()
+        machine.wait_booted()
+        assert_whole(machine, made)
+        write_spec(machine, "")
+        is_new = STOCK.items() <= json.loads(file_of(machine) or b"").items()
+        # It has started at the boot, and that was with the file as it was by then.
+        assert_goes_on(machine, starts(machine) - (1 if is_new else 0), made)
+    assert made > 8
+
+
+# -- an option the Engine dies of
+
+
+DEADLY = {
+    "no-such-bridge": (asked(bridge="nosuchbr0"), "nosuchbr0 must be created manually"),
+    "no-such-storage-option": (asked(storage_opts=["overlay2.bogus=1"]), "overlay2.bogus"),
+    "no-such-range": (asked(fixed_cidr="10.1.0.0/33"), "invalid CIDR address: 10.1.0.0/33"),
+}
+KEEP = "docker rm -f keep >/dev/null 2>&1 || :"
+TRAP = "trap 'exit 0' TERM; while :; do sleep 0.1; done"
+
+
+def load(lab: Lab, machine: Machine) -> None:
+    machine.sh(f"curl -sSf {lab.serve(images.box_archive())} | docker load", timeout_s=60)
+
+
+def runs_again(machine: Machine, name: str) -> None:
+    def status() -> bool | Waiting:
+        found = machine.sh(f"docker inspect -f '{{{{.State.Status}}}}' {name}", check=False)
+        return found == "running" or Waiting(found)
+
+    wait_until(status, 20, f"container {name} to run again")
+
+
+@EACH
+@pytest.mark.parametrize(
+    "option",
+    [
+        pytest.param(name, marks=[] if name == "no-such-bridge" else pytest.mark.full)
+        for name in DEADLY
+    ],
+)
+def test_an_option_the_engine_dies_of(
+    lab: Lab, engines: Engines, flavour: str, option: str
+) -> None:
+    section, words = DEADLY[option]
+    (machine,) = engines.on(flavour)
+    before = fresh(machine, Row(name="deadly", file=OLD_FILE, engine=section, outcome=Done()))
+    load(lab, machine)
+    machine.run("docker", "run", "-d", "--restart=always", "--name=keep",
+                images.BOX_IMAGE, "sh", "-c", TRAP)  # fmt: skip
+    try:
+        said = drive(machine)
+        assert (said["state"], said["active"], said["again"]) == ("blocked", "active", [])
+        assert re.search(f"back on its last good options.*{words}", said["sentence"])
+        assert json.loads(file_of(machine) or b"") == OLD_FILE
+        # The one that failed, systemd's attempts of its own at it, and the way back.
+        assert 2 <= said["starts"] - before <= 4
+        runs_again(machine, "keep")
+        for _ in range(3):
+            later = drive(machine)
+            assert later["changes"] == later["again"] == []
+            assert (later["state"], later["invocation"]) == ("blocked", said["invocation"])
+        write_spec(machine, "")
+        assert drive(machine)["state"] == "done"
+        assert json.loads(file_of(machine) or b"") == {**OLD_FILE, **STOCK}
+        write_spec(machine, section)
+        again = drive(machine)
+        assert again["state"] == "blocked"
+        assert again["starts"] > later["starts"] + 2, "it was tried again, for the file is another"
+        assert json.loads(file_of(machine) or b"") == {**OLD_FILE, **STOCK}
+        runs_again(machine, "keep")
+    finally:
+        machine.sh(f"{KEEP}; {FRESH}{ANEW}")

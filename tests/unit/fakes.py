@@ -48,6 +48,7 @@ from nodeagent.secrets import ServerSecrets, WorkerSecrets
 from nodeagent.spec import Spec, parse
 from nodeagent.steps import guard
 from nodeagent.steps.access import ANONYMOUS, MANAGEMENT, MASTER
+from nodeagent.steps.kernel import CGROUP, SWAP_V2
 
 
 def make_spec(role: str = "server", **changes: object) -> Spec:
@@ -805,12 +806,14 @@ class FakeSystemd:
             paths.SYSTEM_ENGINE_UNIT: Unit("loaded", "inactive", "", "disabled"),
             paths.CONSUL_UNIT: Unit("loaded", "inactive", "", "disabled"),
             paths.GUARD_UNIT: Unit("loaded", "inactive", "", "disabled"),
+            paths.GRUB_UNIT: Unit("loaded", "inactive", "", "static"),
         }
         self.failing: dict[str, tuple[str, ...]] = {}  # units that fail, and what they say then
         self.deadly: dict[str, str] = {}  # pieces of daemon.json the Engine dies of, and its words
         self.failing_words: tuple[str, ...] = ()
         self.told: list[dict[str, str]] = []
         self.restarts = 0
+        self.reboots = 0
         self.reloads = 0
 
     def is_running(self) -> bool:
@@ -875,6 +878,9 @@ class FakeSystemd:
 
     def reload(self) -> None:
         pass
+
+    def reboot(self) -> None:
+        self.reboots += 1
 
     def execute(self, *command: str) -> None:
         if self.machine.refuses and "validate" in command:
@@ -954,6 +960,7 @@ class Machine:
     def __init__(self, world: World, spec: Spec, name: str, address: str) -> None:
         self.world, self.spec, self.name, self.address = world, spec, name, address
         self.files = FakeFiles({paths.MACHINE_ID: f"machine-id-of-{name}\n"})
+        self.files.texts |= {CGROUP / "cgroup.controllers": "cpu memory pids\n", SWAP_V2: "max\n"}
         self.is_off = False
         self.refuses = ""  # what Consul says of every configuration it is shown
         if spec.is_secured:

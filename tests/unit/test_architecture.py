@@ -30,7 +30,7 @@ from tests.unit.fakes import World, make_spec
 ROOT = Path(__file__).parents[2]
 PRODUCT = ROOT / "nodeagent"
 # The house's aim is 4,000 lines for everything; what made it more is in docs/decisions/0008.
-MOST_LINES = 5500
+MOST_LINES = 7000
 RUFF = Path(sys.executable).with_name("ruff")
 MODULES = sorted(PRODUCT.rglob("*.py"))
 
@@ -233,7 +233,7 @@ def test_every_module_says_what_it_is() -> None:
 def test_steps_stand_in_order_and_what_they_require_comes_first() -> None:
     names = [step.name for step in STEPS]
     assert names == [
-        *("identity", "secrets", "consul", "engine"),
+        *("identity", "kernel", "secrets", "consul", "engine"),
         *("quorum", "guard", "access", "swarm", "services", "restart"),
     ]
     for position, step in enumerate(STEPS):

@@ -39,7 +39,7 @@ security: off
 """
 SECURED = SPEC.replace("role: server\n", "").replace("[]\nsecurity: off", "[10.10.0.11]")
 VERBS = [
-    *("run", "apply", "plan", "status", "install", "secrets", "secrets new"),
+    *("run", "apply", "plan", "reset", "status", "install", "secrets", "secrets new"),
     *("secrets rotate", "secrets forget", "user-data", "validate", "schema"),
 ]
 HEAVY = ("docker", "consul", "requests", "dns", "psutil", "cryptography")

@@ -12,7 +12,7 @@ from nodeagent import paths
 from nodeagent.converge import Cycle, run_cycle
 from nodeagent.host import ConsulSelf, ContainerState, Unit
 from nodeagent.spec import Spec
-from nodeagent.steps import consul, identity, secrets
+from nodeagent.steps import consul, identity, kernel, secrets
 from nodeagent.steps.consul import Seen, render
 from tests.unit.expect import assert_golden, said
 from tests.unit.fakes import FakeWeb, Machine, World, make_spec
@@ -384,9 +384,8 @@ def machine_with(consul_section: str, contents: dict[str, str]) -> Machine:
 
 
 def cycle(machine: Machine) -> Cycle:
-    return run_cycle(
-        machine.spec, machine.host, (identity.STEP, secrets.STEP, consul.STEP), lambda _: None
-    )
+    steps = (identity.STEP, kernel.STEP, secrets.STEP, consul.STEP)
+    return run_cycle(machine.spec, machine.host, steps, lambda _: None)
 
 
 def test_image_from_an_archive() -> None:

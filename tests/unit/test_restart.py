@@ -80,6 +80,17 @@ DO = ["do restart docker.service: /etc/docker/daemon.json changed"]
             TAKE,
             id="one-of-five-away",
         ),
+        pytest.param(replace(FREE, pending=None, reboot=True), TAKE, id="a-reboot"),
+        pytest.param(
+            replace(MINE, pending=None, reboot=True),
+            ["do reboot this machine: for its new command line"],
+            id="a-reboot-when-it-is-mine",
+        ),
+        pytest.param(
+            replace(MINE, pending=None, reboot=True, is_going_down=True),
+            ["wait the reboot"],
+            id="a-reboot-that-was-asked-for",
+        ),
         pytest.param(
             replace(FREE, managers={}, voters=(), alive=()), TAKE, id="a-worker-asks-nobody",
         ),

@@ -29,7 +29,7 @@ A_JOIN = "a list of addresses, DNS names, or Consul cloud auto-join strings (pro
 AN_ENTRY = "an address, a DNS name or provider=…"
 KEYS = (
     "cluster, servers, address, join, domain, datacenter, security, consul, swarm, engine, "
-    "agent, role"
+    "kernel, agent, role"
 )
 
 
