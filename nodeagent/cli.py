@@ -362,7 +362,7 @@ def _parser() -> argparse.ArgumentParser:
     run = verb("run", _run, "converge this node for ever; what the systemd unit starts")
     apply = verb("apply", _apply, "converge this node once, showing progress")
     plan = verb("plan", _plan, "show what apply would change here; change nothing")
-    about = "give this machine its own files back: daemon.json, DNS, the kernel's command line"
+    about = "give this machine its own files back, as far as nodeagent changed them"
     reset = verb("reset", _reset, about)
     for added in (run, apply, plan, reset):
         added.add_argument(

@@ -41,6 +41,8 @@ OLDEST = (20, 10)
 START_DEADLINE_S = 90.0
 RELOAD_DEADLINE_S = 10.0
 
+LINES = 20  # of its journal: it says six and more at each start, and systemd starts it anew
+
 OWN_NETWORKS = {"bridge", "host", "none", "ingress", "docker_gwbridge"}
 DATA_ROOT = "/var/lib/docker"
 
@@ -49,7 +51,9 @@ DATA_ROOT = "/var/lib/docker"
 class Pending:
     """The file has changed, and the Engine does not know yet; on disk, for a kill comes any time.
 
-    `restart` and `reload` are to be done, `reloaded` was; `at_s` by the monotonic clock.
+    `restart` and `reload` are to be done, `reloaded` was; `at_s` by the monotonic clock. A restart
+    is noted before the file is written (0) and again after it: an Engine that systemd starts
+    between the two has read the old file.
     """
 
     kind: str
@@ -128,7 +132,7 @@ def observe(_spec: Spec, host: Host) -> Seen:
     if seen.info is not None:
         return replace(seen, logs=tuple(sorted(host.engine.log_settings().items())))
     if unit.active == "failed" or unit.restarts:
-        seen = replace(seen, journal=host.systemd.last_lines(paths.ENGINE_UNIT, 5))
+        seen = replace(seen, journal=host.systemd.last_lines(paths.ENGINE_UNIT, LINES))
         if _is_stuck(seen):
             root = _data_root(seen)
             found = host.engine_program.networks(root)
@@ -215,10 +219,10 @@ def _try(seen: Seen, record: Record, found: Options, wanted: Options) -> Plan:
     )
     changes.append(_note(trial))
     pending = Pending.parse(seen.pending)
-    if seen.unit.active not in ("inactive", "failed") or pending is not None:
+    if seen.unit.active != "inactive" or pending is not None:
         is_light = options.is_reloadable(found, wanted) and seen.unit.is_active
         is_light &= pending is None or pending.kind != "restart"
-        changes.append(_pend("reload" if is_light else "restart", seen))
+        changes.append(_pend("reload", seen) if is_light else _due())
     changes.append(WriteFile(paths.DAEMON_JSON, text, KEEP_MODE))
     return change(*changes, RemoveFile(paths.OPTIONS_CANDIDATE))
 
@@ -231,7 +235,7 @@ def _way_back(seen: Seen, record: Record) -> Plan:
             if record.good is None
             else WriteFile(paths.DAEMON_JSON, record.good, KEEP_MODE)
         )
-        return change(_pend("restart", seen), back)
+        return change(_due(), back)
     return change(
         _note(
             Record(
@@ -250,6 +254,8 @@ def _run(seen: Seen, record: Record, found: Options) -> Plan:
     pending = Pending.parse(seen.pending)
     if seen.pending is not None and pending is None:
         return change(RemoveFile(paths.RESTART_PENDING))  # an earlier version's
+    if pending is not None and not pending.at_s:
+        return change(_pend("restart", seen))
     is_tried = pending is None or pending.kind == "reloaded" or _is_restarted(seen, pending)
     on_trial = is_tried and _is_on_trial(seen, record)
     words = _last_words(seen.journal)
@@ -320,7 +326,7 @@ def undo(_spec: Spec, seen: Seen) -> Plan:
 
 def _last_words(journal: tuple[str, ...]) -> str:
     """Why it ended, which it says in plain text; one of its threads may log a line after that."""
-    plain = tuple(line for line in journal if not line.startswith("time="))
+    plain = tuple(line for line in journal if not line.startswith(("time=", "docker.service:")))
     return (plain or journal or ("",))[-1]
 
 
@@ -338,6 +344,10 @@ def _is_on_trial(seen: Seen, record: Record) -> bool:
 
 def _note(record: Record) -> Change:
     return WriteFile(paths.ENGINE_RECORD, record.dump(), 0o600)
+
+
+def _due() -> Change:
+    return WriteFile(paths.RESTART_PENDING, Pending("restart", 0).dump(), 0o600)
 
 
 def _pend(kind: str, seen: Seen) -> Change:
