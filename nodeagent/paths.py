@@ -45,7 +45,7 @@ LOCK = RUN / "lock"  # held during a cycle
 ALIVE = RUN / "alive"  # held by the loop as long as it lives
 REBOOT_ASKED = RUN / "reboot-asked"
 RESTART_PENDING = RUN / "engine-restart-pending"
-OPTIONS_CANDIDATE = RUN / "candidate" / "daemon.json"
+OPTIONS_CANDIDATE = RUN / "daemon.json.candidate"
 CONSUL_RELOAD_PENDING = RUN / "consul-reload-pending"
 CONSUL_RESTART_PENDING = RUN / "consul-restart-pending"
 

@@ -231,7 +231,7 @@ def unit(active: str, *, load: str = "loaded", enabled: str = "enabled") -> Unit
             ["do write /var/lib/nodeagent/engine-options.json",
              "do write /run/nodeagent/engine-restart-pending",
              "do write /etc/docker/daemon.json",
-             "do remove /run/nodeagent/candidate/daemon.json"],
+             "do remove /run/nodeagent/daemon.json.candidate"],
             id="stock-machine",
         ),
         pytest.param(
@@ -240,7 +240,7 @@ def unit(active: str, *, load: str = "loaded", enabled: str = "enabled") -> Unit
              "do write /var/lib/nodeagent/engine-options.json",
              "do write /run/nodeagent/engine-restart-pending",
              "do write /etc/docker/daemon.json",
-             "do remove /run/nodeagent/candidate/daemon.json"],
+             "do remove /run/nodeagent/daemon.json.candidate"],
             id="the-owners-file-is-copied-first",
         ),
         pytest.param(
@@ -248,14 +248,14 @@ def unit(active: str, *, load: str = "loaded", enabled: str = "enabled") -> Unit
             ["do write /var/lib/nodeagent/engine-options.json",
              "do write /run/nodeagent/engine-restart-pending",
              "do write /etc/docker/daemon.json",
-             "do remove /run/nodeagent/candidate/daemon.json"],
+             "do remove /run/nodeagent/daemon.json.candidate"],
             id="the-copy-is-not-made-again",
         ),
         pytest.param(
             replace(FRESH, unit=unit("inactive"), info=None),
             ["do write /var/lib/nodeagent/engine-options.json",
              "do write /etc/docker/daemon.json",
-             "do remove /run/nodeagent/candidate/daemon.json"],
+             "do remove /run/nodeagent/daemon.json.candidate"],
             id="stopped-engine-needs-no-restart",
         ),
         pytest.param(
