@@ -508,7 +508,7 @@ def test_killed_after_every_change_of_a_second_spec(third: Section, size: str) -
         if not died:
             break
         made += 1
-    assert made == 10, "candidate, record, mark, file, lock, restart, and what is undone then"
+    assert made == 11, "candidate, record, mark, file, mark, lock, restart, and what is undone"
 
 
 def test_the_owners_log_options_are_kept_for_good_and_one_restart_is_enough() -> None:
