@@ -102,6 +102,8 @@ TINY = "mount -t tmpfs -o size=8k,mode=755 tiny /etc/docker"
 LATER = f"chown 1234:1234 {FILE}; chmod 600 {FILE}"
 SWARM = "docker swarm init --advertise-addr 127.0.0.1 >/dev/null"
 LEAVE = "docker swarm leave --force >/dev/null"
+# Until systemd has given up on an Engine that fails, or it runs.
+SETTLED = 'while [ "$(systemctl is-active docker)" = activating ]; do sleep 0.1; done'
 REFUSES = "the Engine refuses /etc/docker/daemon.json .* so nothing was changed: .*"
 UNKNOWN = REFUSES + "don't match any configuration option"
 BOTH = REFUSES + "specified both as a flag and in the configuration file"
@@ -117,6 +119,8 @@ TABLE = [
     Row(name="empty-file", file="", outcome=Done(), core=True),
     Row(name="empty-file-that-the-engine-dies-of", file="", restarted=True,
         outcome=by(Done(restarts=None), Done()), core=True),
+    Row(name="empty-file-that-the-engine-died-of", file="", restarted=True, before=SETTLED,
+        outcome=by(Done(restarts=None), Done())),
     Row(name="white-space", file=" \n\t\n", outcome=Done()),
     Row(name="empty-object", file={}, outcome=Done(), core=True),
     Row(name="byte-order-mark", file='\ufeff{"shutdown-timeout": 7}', outcome=Done()),
@@ -545,7 +549,7 @@ def test_killed_after_every_change(engines: Engines, flavour: str) -> None:
 
 
 @pytest.mark.full
-@EACH
+@pytest.mark.parametrize("flavour", ["trixie", "classic"])
 def test_killed_at_any_time(engines: Engines, flavour: str) -> None:
     (machine,) = engines.on(flavour)
     fresh(machine, CHANGING)
@@ -605,12 +609,17 @@ def runs_again(machine: Machine, name: str) -> None:
     wait_until(status, 20, f"container {name} to run again")
 
 
-@EACH
 @pytest.mark.parametrize(
-    "option",
+    ("flavour", "option"),
     [
-        pytest.param(name, marks=[] if name == "no-such-bridge" else pytest.mark.full)
-        for name in DEADLY
+        pytest.param("trixie", "no-such-bridge"),
+        *(
+            pytest.param(flavour, option, marks=pytest.mark.full)
+            for flavour, option in (
+                *(("trixie", "no-such-storage-option"), ("bookworm", "no-such-range")),
+                *((name, "no-such-bridge") for name in ("classic", "bookworm", "sid")),
+            )
+        ),
     ],
 )
 def test_an_option_the_engine_dies_of(
@@ -645,3 +654,79 @@ def test_an_option_the_engine_dies_of(
         runs_again(machine, "keep")
     finally:
         machine.sh(f"{KEEP}; {FRESH}{ANEW}")
+
+
+HANG = "/root/a-pipe-that-nobody-writes-to"
+QUICK = "/run/systemd/system/docker.service.d/quick.conf"  # or it is killed after 90 s only
+
+
+@pytest.mark.full
+@EACH
+def test_an_option_the_engine_hangs_over(engines: Engines, flavour: str) -> None:
+    """It reads the profile at its start, before it answers on its socket."""
+    (machine,) = engines.on(flavour)
+    section = asked(seccomp_profile=HANG)
+    fresh(machine, Row(name="hangs", file=OLD_FILE, engine=section, outcome=Done()))
+    machine.write(QUICK, "[Service]\nTimeoutStopSec=2\n")
+    machine.sh(f"mkfifo {HANG}; systemctl daemon-reload")
+    try:
+        said = drive(machine, DEADLINE_S=8)
+        assert (said["state"], said["active"], said["again"]) == ("blocked", "active", [])
+        assert "back on its last good options" in said["sentence"]
+        assert json.loads(file_of(machine) or b"") == OLD_FILE
+    finally:
+        machine.sh(f"rm -f {HANG} {QUICK}; systemctl daemon-reload; {FRESH}{ANEW}", timeout_s=60)
+
+
+# -- the Engine's own store (moby issue 49291)
+
+
+BREAKING = """\
+#!/bin/sh
+case "$*" in *"-I POSTROUTING"*MASQUERADE* | *"-A POSTROUTING"*MASQUERADE*)
+    if [ -e /run/break ]; then rm /run/break; echo broken >&2; exit 4; fi ;;
+esac
+exec /usr/sbin/iptables "$@"
+"""
+STORE = "/var/lib/docker/network/files/local-kv.db"
+
+
+def break_store(machine: Machine) -> str:
+    """Let iptables fail once while the Engine sets up its bridge; the Engine's state after it."""
+    machine.write("/usr/local/sbin/iptables", BREAKING, 0o755)
+    try:
+        machine.sh(f"iptables -t nat -F; touch /run/break; {ANEW} || :; test ! -e /run/break")
+        machine.sh(f"{SETTLED}; {ANEW} || :; {SETTLED}")
+    finally:
+        machine.sh("rm /usr/local/sbin/iptables")
+    return machine.sh("systemctl is-active docker || :")
+
+
+@pytest.mark.full
+def test_an_engine_that_its_own_store_keeps_from_starting(engines: Engines) -> None:
+    (machine,) = engines.on("trixie")
+    fresh(machine, Row(name="stuck", file=STOCK, restarted=True, outcome=Done()))
+    assert drive(machine)["state"] == "done"
+    try:
+        assert break_store(machine) == "failed"
+        assert "networks have same bridge name" in machine.journal("docker")[-4000:]
+        said = drive(machine)
+        assert (said["state"], said["active"], said["again"]) == ("done", "active", [])
+        assert any(change.startswith("move local-kv.db to") for change in said["changes"])
+        machine.sh(f"test -s {paths.ENGINE_NETWORKS}; docker network create shop")
+        assert break_store(machine) == "failed"
+        before = machine.sh(f"sha256sum {STORE}")
+        said = drive(machine)
+        assert (said["state"], said["again"]) == ("blocked", [])
+        assert "your own networks are in it, too (shop)" in said["sentence"]
+        assert machine.sh(f"sha256sum {STORE}") == before
+    finally:
+        machine.sh(f"rm -f {STORE}; {FRESH}{ANEW}", timeout_s=60)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("flavour", ["classic", "bookworm", "sid"])
+def test_the_other_engines_get_over_it(engines: Engines, flavour: str) -> None:
+    (machine,) = engines.on(flavour)
+    fresh(machine, Row(name="stuck", file=STOCK, restarted=True, outcome=Done()))
+    assert break_store(machine) == "active"
