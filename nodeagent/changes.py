@@ -292,6 +292,17 @@ class EnableUnit:
 
 
 @dataclass(frozen=True)
+class DisableUnit:
+    unit: str
+
+    def __str__(self) -> str:
+        return f"stop and disable {self.unit}"
+
+    def apply(self, host: Host) -> None:
+        host.systemd.disable(self.unit)
+
+
+@dataclass(frozen=True)
 class Reboot:
     """`marker` says, as long as this boot lasts, that it was asked for."""
 

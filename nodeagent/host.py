@@ -46,6 +46,13 @@ class Unit:
     def is_active(self) -> bool:
         return self.active in ("active", "reloading")
 
+    @property
+    def has_failed(self) -> bool:
+        """For good, or between two of the starts that systemd tries without end."""
+        return self.active == "failed" or (
+            self.active == "activating" and self.result not in ("", "success")
+        )
+
 
 @dataclass(frozen=True)
 class SwarmInfo:
@@ -219,6 +226,14 @@ class Rule:
     action: str  # lookup TABLE | prohibit | …
 
 
+@dataclass(frozen=True)
+class Listener:
+    """Who takes packets for a UDP port: on which of this machine's addresses, and whose it is."""
+
+    address: str  # 0.0.0.0 or :: for all
+    user: str
+
+
 KeyringAction = Literal["install", "use", "remove"]
 
 
@@ -288,6 +303,9 @@ class Systemd(Protocol):
         """Have the unit's process read its configuration again."""
 
     def enable(self, name: str) -> None: ...
+    def disable(self, name: str) -> None:
+        """Stop it, and start it no more at boot."""
+
     def reload(self) -> None: ...
     def reboot(self) -> None:
         """Ask for a reboot and return at once."""
@@ -436,6 +454,9 @@ class Resolver(Protocol):
     def addresses(self, name: str) -> tuple[str, ...]:
         """IPv4 addresses of a name: those of its SRV targets where it has any, else its own."""
 
+    def routed(self, interface: str) -> tuple[str, ...]:
+        """Domains of this interface that systemd-resolved, which runs, sends to Consul."""
+
 
 class Network(Protocol):
     """Network interfaces and routing rules."""
@@ -443,6 +464,12 @@ class Network(Protocol):
     def interfaces(self) -> tuple[Interface, ...]: ...
     def hostname(self) -> str: ...
     def rules(self) -> tuple[Rule, ...]: ...
+    def listeners(self, port: int) -> tuple[Listener, ...]:
+        """Who takes packets for this UDP port."""
+
+    def uplinks(self) -> tuple[str, ...]:
+        """Interfaces that lead to the rest of the world: those of default routes."""
+
     def watch_rules(self, wake: Callable[[], None], stop: threading.Event) -> None:
         """Call `wake` at first and whenever a routing rule has gone, until `stop`; blocks."""
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import pwd
 import select
 import socket
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from nodeagent.adapters.program import run
 from nodeagent.errors import HostError
-from nodeagent.host import Interface, Rule
+from nodeagent.host import Interface, Listener, Rule
 
 WATCH_PAUSE_S = 5  # before listening again after an error
 
@@ -47,6 +49,26 @@ class LocalNetwork:
         except (ValueError, TypeError, KeyError) as error:
             raise HostError("read", "the routing rules", f"unclear: {error!r}") from error
 
+    def listeners(self, port: int) -> tuple[Listener, ...]:
+        try:
+            found = {
+                each
+                for name, family in _UDP_TABLES
+                for each in _bound(Path(name).read_text("ascii"), family, port)
+            }
+        except (OSError, ValueError, IndexError) as error:
+            raise HostError("read", "the UDP sockets", f"unclear: {error!r}") from error
+        return tuple(sorted(found, key=str))
+
+    def uplinks(self) -> tuple[str, ...]:
+        """Of the kernel's main table, proc_pid_net(5): Iface Destination Gateway … Mask …."""
+        try:
+            lines = Path("/proc/net/route").read_text("ascii").splitlines()[1:]
+        except OSError as error:
+            raise HostError("read", "the routes", error) from error
+        fields = (line.split() for line in lines)
+        return tuple(sorted({each[0] for each in fields if each[1] == each[7] == "00000000"}))
+
     def watch_rules(self, wake: Callable[[], None], stop: threading.Event) -> None:
         """By the kernel's own word, rtnetlink(7); to listen needs no privilege."""
         while not stop.is_set():
@@ -74,6 +96,27 @@ def _rule(entry: Mapping[str, Any]) -> Rule:
     takes = {f"{key} {value}" for key, value in entry.items() if key not in _NO_SELECTORS}
     return Rule(priority, frozenset(takes - {"src all"}), action)
 
+
+def _bound(table: str, family: socket.AddressFamily, port: int) -> Iterator[Listener]:
+    """Of /proc/net/udp (proc_pid_net(5)): addresses are words of this machine's."""
+    for line in table.splitlines()[1:]:
+        fields = line.split()
+        address, _, local_port = fields[1].partition(":")
+        if int(local_port, 16) != port or not fields[2].endswith(":0000"):
+            continue
+        words = [int(address[start : start + 8], 16) for start in range(0, len(address), 8)]
+        packed = struct.pack(f"={len(words)}I", *words)
+        yield Listener(socket.inet_ntop(family, packed), _user(int(fields[7])))
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
+
+
+_UDP_TABLES = (("/proc/net/udp", socket.AF_INET), ("/proc/net/udp6", socket.AF_INET6))
 
 _NO_SELECTORS = ("priority", "action", "table", "protocol")
 

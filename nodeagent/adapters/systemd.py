@@ -70,6 +70,9 @@ class SystemdManager:
     def enable(self, name: str) -> None:
         run("systemctl", "enable", "--", name, timeout_s=START_TIMEOUT_S)
 
+    def disable(self, name: str) -> None:
+        run("systemctl", "disable", "--now", "--", name, timeout_s=START_TIMEOUT_S)
+
     def reload(self) -> None:
         run("systemctl", "daemon-reload", timeout_s=START_TIMEOUT_S)
 

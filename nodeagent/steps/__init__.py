@@ -4,6 +4,7 @@ from nodeagent.plan import Step
 from nodeagent.steps import (
     access,
     consul,
+    dns,
     engine,
     guard,
     identity,
@@ -19,6 +20,7 @@ STEPS: tuple[Step, ...] = (
     identity.STEP,
     kernel.STEP,
     secrets.STEP,
+    dns.STEP,
     consul.STEP,
     engine.STEP,
     quorum.STEP,

@@ -32,6 +32,7 @@ from nodeagent.errors import HostError
 from nodeagent.host import ConsulSelf, Container, ContainerState, Host, Unit
 from nodeagent.plan import Plan, Step, block, change, done, wait
 from nodeagent.spec import Spec
+from nodeagent.steps import dns
 
 CONTAINER = "consul"
 CRASH_LOOP = 3  # starts in a row that the System Engine had to repeat; one may be an accident
@@ -52,12 +53,13 @@ class Seen:
     program_of: str | None = None  # runtime binary: what the installed program was made from
     restart_pending: str | None = None
     reload_pending: bool = False
+    answers_names: bool = False  # on the machine's own address for DNS
     verdict: str | None = None  # Consul's own on a new configuration; None: not asked
 
 
 def observe(spec: Spec, host: Host) -> Seen:
     seen = _observe(spec, host)
-    wanted = render(spec, seen.address, seen.hostname)
+    wanted = _render(spec, seen)
     if seen.agent is None or seen.config in (None, wanted):
         return seen
     # Something runs that a bad configuration would end.
@@ -87,8 +89,9 @@ def _observe(spec: Spec, host: Host) -> Seen:
         config=host.files.read(paths.CONSUL_CONFIG),
         unit=unit,
         archive_is_here=host.files.exists(archive_path(spec)),
-        journal=host.systemd.last_lines(name, 5) if _has_failed(unit) else (),
+        journal=host.systemd.last_lines(name, 5) if unit.has_failed else (),
         reload_pending=host.files.exists(paths.CONSUL_RELOAD_PENDING),
+        answers_names=dns.is_consuls(host),
     )
     if not in_container:
         return dataclasses.replace(
@@ -107,14 +110,14 @@ def _observe(spec: Spec, host: Host) -> Seen:
 
 
 def diff(spec: Spec, seen: Seen) -> Plan:
-    wanted = render(spec, seen.address, seen.hostname)
+    wanted = _render(spec, seen)
     if spec.consul.runtime == "container":
         return _container(spec, seen, wanted)
     return _binary(spec, seen, wanted)
 
 
 def _container(spec: Spec, seen: Seen, wanted: str) -> Plan:
-    definition = container(spec, wanted)
+    definition = container(spec, wanted, answers_names=seen.answers_names)
     is_running = seen.container is not None and seen.container.status == "running"
     # While the System Engine is down (a restart, a crash), our own Consul outlives it.
     may_be_ours = seen.config is not None and not seen.engine_answers
@@ -212,7 +215,7 @@ def _unit_runs(name: str, seen: Seen) -> Plan | None:
         return block(f"{name} is not installed", fix="nodeagent install")
     if seen.unit.enabled == "disabled":
         return change(EnableUnit(name))
-    if _has_failed(seen.unit):
+    if seen.unit.has_failed:
         words = f": {seen.journal[-1]}" if seen.journal else ""
         return block(f"{name} fails{words}", fix=f"journalctl -u {name}")
     if seen.unit.active == "inactive":
@@ -220,13 +223,6 @@ def _unit_runs(name: str, seen: Seen) -> Plan | None:
     if not seen.unit.is_active:
         return wait(f"{name} to start")
     return None
-
-
-def _has_failed(unit: Unit) -> bool:
-    """For good, or between two of the starts that systemd tries without end."""
-    return unit.active == "failed" or (
-        unit.active == "activating" and unit.result not in ("", "success")
-    )
 
 
 def _answers(spec: Spec, seen: Seen) -> Plan:
@@ -264,7 +260,7 @@ def archive_path(spec: Spec) -> Path:
     return paths.IMAGES / (spec.consul.sha256 or "none")
 
 
-def container(spec: Spec, config: str) -> Container:
+def container(spec: Spec, config: str, *, answers_names: bool = False) -> Container:
     """How Consul's container is made; it sees the host's network and its own two directories."""
     return Container(
         name=CONTAINER,
@@ -276,10 +272,15 @@ def container(spec: Spec, config: str) -> Container:
             f"{paths.CONSUL_DATA}:/consul/data",
         ),
         config_sha256=hashlib.sha256(config.encode()).hexdigest(),
+        capabilities=("NET_BIND_SERVICE",) if answers_names else (),  # for port 53
     )
 
 
-def render(spec: Spec, address: str, hostname: str) -> str:
+def _render(spec: Spec, seen: Seen) -> str:
+    return render(spec, seen.address, seen.hostname, answers_names=seen.answers_names)
+
+
+def render(spec: Spec, address: str, hostname: str, *, answers_names: bool = False) -> str:
     """Return Consul's configuration, with keys that 1.8 and current versions both accept.
 
     A server never lists itself in `retry_join`: a join to itself would count as success, and the
@@ -306,6 +307,10 @@ def render(spec: Spec, address: str, hostname: str) -> str:
         "dns_config": {"enable_additional_node_meta_txt": False},
         "disable_update_check": True,
     }
+    if answers_names:
+        # Without recursors: it refuses other names, and who asked goes on to the next server.
+        config["addresses"] = {"dns": dns.ADDRESS}
+        config["ports"]["dns"] = dns.PORT
     if spec.is_server:
         config["bootstrap_expect"] = spec.servers
     if spec.is_secured:

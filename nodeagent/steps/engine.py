@@ -31,6 +31,7 @@ from nodeagent.host import EngineInfo, Host, LogSettings, Unit
 from nodeagent.options import Options, Record
 from nodeagent.plan import Plan, Step, block, change, done, wait
 from nodeagent.spec import Spec
+from nodeagent.steps import dns
 
 # The oldest Engine this version is tested with; also the first that knows cgroup v2
 # (https://docs.docker.com/engine/release-notes/20.10/).
@@ -117,6 +118,7 @@ def observe(_spec: Spec, host: Host) -> Seen:
         wall_s=host.clock.now(),
         candidate=candidate,
         original=host.files.read(paths.ORIGINAL_DAEMON_JSON),
+        dns=dns.servers(host),
     )
     if "cluster-store" in (daemon_json or ""):
         seen = replace(seen, has_consul=host.engine_program.has_consul())
@@ -447,4 +449,4 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in numbers.groups()) if numbers else (9999, 0)
 
 
-STEP = Step("engine", requires=("kernel",), observe=observe, diff=diff, undo=undo)
+STEP = Step("engine", requires=("kernel", "dns"), observe=observe, diff=diff, undo=undo)

@@ -35,7 +35,7 @@ def observe(spec: Spec, host: Host) -> Seen | None:
     return Seen(
         unit=unit,
         rules=host.network.rules(),
-        journal=host.systemd.last_lines(paths.GUARD_UNIT, 5) if _has_failed(unit) else (),
+        journal=host.systemd.last_lines(paths.GUARD_UNIT, 5) if unit.has_failed else (),
     )
 
 
@@ -48,7 +48,7 @@ def diff(spec: Spec, seen: Seen | None) -> Plan:
         return block(f"{paths.GUARD_UNIT} is not installed", fix="nodeagent install")
     if seen.unit.enabled == "disabled":
         return change(EnableUnit(paths.GUARD_UNIT))
-    if _has_failed(seen.unit):
+    if seen.unit.has_failed:
         words = f": {seen.journal[-1]}" if seen.journal else ""
         return block(f"{paths.GUARD_UNIT} fails{words}", fix=f"journalctl -u {paths.GUARD_UNIT}")
     if seen.unit.active == "inactive":
@@ -58,13 +58,6 @@ def diff(spec: Spec, seen: Seen | None) -> Plan:
     if not set(WANTED) <= set(seen.rules):
         return change(RestartUnit(paths.GUARD_UNIT, "a rule of it is gone"))
     return done("containers cannot reach the metadata service")
-
-
-def _has_failed(unit: Unit) -> bool:
-    """For good, or between two of the starts that systemd tries without end."""
-    return unit.active == "failed" or (
-        unit.active == "activating" and unit.result not in ("", "success")
-    )
 
 
 STEP = Step("guard", requires=("identity",), observe=observe, diff=diff)

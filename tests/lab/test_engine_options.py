@@ -207,7 +207,7 @@ TABLE = [
     Row(name="label-that-contradicts-itself", file={"labels": ["zone=a", "zone=b"]},
         outcome=Stays(REFUSES)),
     Row(name="labels", file={"labels": ["zone=a", "city=Zürich"]},
-        outcome=Done(shows={"labels": ["zone=a", "city=Zürich"]})),
+        outcome=Done(shows={"labels": ["city=Zürich", "zone=a"]})),
     Row(name="negative-number", file={"max-concurrent-downloads": -1}, outcome=Stays(REFUSES)),
     Row(name="number-as-text", file={"max-concurrent-downloads": "2"}, outcome=Stays(REFUSES)),
     Row(name="bip-that-is-none", file={"bip": "10.99.0.1/33"},
@@ -455,8 +455,10 @@ def judge(row: Row, flavour: str, run: Run) -> None:
     assert new == {**old, **outcome.adds}
     if run.old is not None and run.old != run.new:
         assert said["original"].encode("utf-8", "surrogateescape") == run.old
-    shown = {key: said["shown"][key] for key in outcome.shows}
-    assert shown == outcome.shows
+    for key, value in outcome.shows.items():
+        shown = said["shown"][key]
+        # Engine 20.10 tells its labels in any order.
+        assert (sorted(shown) if key == "labels" else shown) == value
     assert bool(said["pending"]) == ("wait for a restart" in outcome.says)
 
 

@@ -33,6 +33,7 @@ from nodeagent.host import (
     Host,
     Interface,
     KeyringAction,
+    Listener,
     LogSettings,
     Member,
     Op,
@@ -46,7 +47,7 @@ from nodeagent.host import (
 )
 from nodeagent.secrets import ServerSecrets, WorkerSecrets
 from nodeagent.spec import Spec, parse
-from nodeagent.steps import guard
+from nodeagent.steps import dns, guard
 from nodeagent.steps.access import ANONYMOUS, MANAGEMENT, MASTER
 from nodeagent.steps.kernel import CGROUP, SWAP_V2
 
@@ -65,6 +66,8 @@ def make_spec(role: str = "server", **changes: object) -> Spec:
 
 
 NOW = 1_700_000_000.0
+
+RESOLVED_STUB = "# by systemd-resolved\nnameserver 127.0.0.53\noptions edns0 trust-ad\n"
 
 
 class FakeFiles:
@@ -807,6 +810,8 @@ class FakeSystemd:
             paths.CONSUL_UNIT: Unit("loaded", "inactive", "", "disabled"),
             paths.GUARD_UNIT: Unit("loaded", "inactive", "", "disabled"),
             paths.GRUB_UNIT: Unit("loaded", "inactive", "", "static"),
+            paths.DNS_UNIT: Unit("loaded", "inactive", "", "disabled"),
+            dns.RESOLVED: Unit("loaded", "active", "run-0", "enabled"),
         }
         self.failing: dict[str, tuple[str, ...]] = {}  # units that fail, and what they say then
         self.deadly: dict[str, str] = {}  # pieces of daemon.json the Engine dies of, and its words
@@ -845,6 +850,25 @@ class FakeSystemd:
             self.machine.network.present = guard.WANTED
         if name == paths.ENGINE_UNIT:
             self.machine.engine.runs_with = self.machine.files.read(paths.DAEMON_JSON)
+        if name == paths.DNS_UNIT:
+            self.machine.network.has_dns_address = True
+            lines = (self.machine.files.read(paths.DNS_ENVIRONMENT) or "").splitlines()
+            given = dict(line.split("=", 1) for line in lines)
+            self.machine.resolver.domains = (given["DOMAIN"],) if "DOMAIN" in given else ()
+            self.machine.network.dns_rules = tuple(
+                Rule(
+                    102,
+                    frozenset({f"src {dns.ADDRESS}", f"dst {to}", f"dstlen {bits}"}),
+                    "prohibit",
+                )
+                for to, bits in (
+                    each.partition("@")[0].split("/") for each in given["PEERS"].strip('"').split()
+                )
+            )
+        if name == dns.RESOLVED:
+            self.machine.network.is_resolved_there = self.machine.files.exists(dns.DROP_IN) and (
+                not self.machine.network.taken
+            )
 
     def _dies(self) -> bool:
         """Whether the Engine ends at its start over what its file says."""
@@ -860,7 +884,7 @@ class FakeSystemd:
     def restart(self, name: str) -> None:
         self.stop(name)
         self.start(name)
-        self.restarts += 1
+        self.restarts += name != dns.RESOLVED
 
     def reload_unit(self, name: str) -> None:
         self._known("reload", name)
@@ -872,6 +896,16 @@ class FakeSystemd:
         self.units[name] = replace(unit, active="inactive")
         if name == paths.GUARD_UNIT:
             self.machine.network.present = ()
+        if name == paths.DNS_UNIT:
+            self.machine.network.has_dns_address = False
+            self.machine.resolver.domains = ()
+            self.machine.network.dns_rules = ()
+        if name == dns.RESOLVED:
+            self.machine.network.is_resolved_there = False
+
+    def disable(self, name: str) -> None:
+        self.stop(name)
+        self.units[name] = replace(self.units[name], enabled="disabled")
 
     def enable(self, name: str) -> None:
         self.units[name] = replace(self._known("enable", name), enabled="enabled")
@@ -901,6 +935,7 @@ class FakeResolver:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.names: dict[str, tuple[str, ...]] = {}
+        self.domains: tuple[str, ...] = ()  # told to systemd-resolved by the unit for DNS
 
     def consul_servers(self, domain: str) -> tuple[str, ...]:
         machines = self.machine.world.machines.values()
@@ -912,21 +947,44 @@ class FakeResolver:
     def addresses(self, name: str) -> tuple[str, ...]:
         return self.names.get(name, ())
 
+    def routed(self, interface: str) -> tuple[str, ...]:
+        if not self.machine.systemd.units[dns.RESOLVED].is_active:
+            raise HostError("ask", "systemd-resolved", "it is not running")
+        return self.domains if interface == dns.INTERFACE else ()
+
 
 class FakeNetwork:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.present: tuple[Rule, ...] = ()  # what the guard's unit puts up
+        self.dns_rules: tuple[Rule, ...] = ()
+        self.has_dns_address = False
+        self.is_resolved_there = False
+        self.taken: tuple[Listener, ...] = ()  # port 53, by others than ours
 
     def interfaces(self) -> tuple[Interface, ...]:
         own = Interface("eth1", f"{self.machine.address}/16")
-        return (Interface("lo", "127.0.0.1/8"), Interface("eth0", "203.0.113.7/24"), own)
+        ours = (Interface(dns.INTERFACE, f"{dns.ADDRESS}/32"),) if self.has_dns_address else ()
+        return (Interface("lo", "127.0.0.1/8"), Interface("eth0", "203.0.113.7/24"), own, *ours)
+
+    def listeners(self, port: int) -> tuple[Listener, ...]:
+        assert port == dns.PORT
+        found = [*self.taken, Listener("127.0.0.53", dns.RESOLVED_USER)]
+        if self.is_resolved_there:
+            found.append(Listener(dns.ADDRESS, dns.RESOLVED_USER))
+        config = json.loads(self.machine.files.read(paths.CONSUL_CONFIG) or "{}")
+        if self.machine.consul_is_up and config.get("ports", {}).get("dns") == port:
+            found.append(Listener(dns.ADDRESS, "root"))
+        return tuple(found)
 
     def hostname(self) -> str:
         return self.machine.name
 
     def rules(self) -> tuple[Rule, ...]:
-        return self.present
+        return (*self.present, *self.dns_rules)
+
+    def uplinks(self) -> tuple[str, ...]:
+        return ("eth0",)
 
     def watch_rules(self, wake: Callable[[], None], stop: threading.Event) -> None:
         raise AssertionError("not in this world")
@@ -959,7 +1017,14 @@ class Machine:
 
     def __init__(self, world: World, spec: Spec, name: str, address: str) -> None:
         self.world, self.spec, self.name, self.address = world, spec, name, address
-        self.files = FakeFiles({paths.MACHINE_ID: f"machine-id-of-{name}\n"})
+        self.files = FakeFiles(
+            {
+                paths.MACHINE_ID: f"machine-id-of-{name}\n",
+                dns.STUB: RESOLVED_STUB,
+                dns.NSSWITCH: "passwd: files\nhosts: files dns\n",
+            }
+        )
+        self.files.link(dns.RESOLV_CONF, dns.STUB)
         self.files.texts |= {CGROUP / "cgroup.controllers": "cpu memory pids\n", SWAP_V2: "max\n"}
         self.is_off = False
         self.refuses = ""  # what Consul says of every configuration it is shown
@@ -1002,6 +1067,8 @@ class Machine:
         self.is_off = True
         self.files.forget_run()
         self.network.present = ()
+        self.network.dns_rules = ()
+        self.network.has_dns_address = self.network.is_resolved_there = False
         self.world.end_sessions_of(self.name)
         for name, unit in self.systemd.units.items():
             self.systemd.units[name] = replace(unit, active="inactive")
@@ -1011,9 +1078,12 @@ class Machine:
     def boot(self) -> None:
         """Units that are enabled start, and with the System Engine its containers."""
         self.is_off = False
+        if self.systemd.units[dns.RESOLVED].load == "loaded":
+            self.files.texts[dns.STUB] = RESOLVED_STUB
         for name, unit in list(self.systemd.units.items()):
             if unit.enabled == "enabled":
-                self.systemd.start(name)
+                with contextlib.suppress(HostError):  # one that fails keeps no other from starting
+                    self.systemd.start(name)
         if self.systemd.units[paths.SYSTEM_ENGINE_UNIT].is_active:
             for name in self.system_engine.containers:
                 self.system_engine.start_container(name)

@@ -58,7 +58,7 @@ def newcomer(world: World, name: str = "") -> Machine:
     if name:
         world.machines[name] = world.machines.pop(machine.name)
         machine.name = name
-    run_cycle(machine.spec, machine.host, STEPS[:4], lambda _: None)
+    run_cycle(machine.spec, machine.host, STEPS[:5], lambda _: None)
     if not machine.consul_is_up:  # under a name that the agent refuses, somebody runs it by hand
         machine.system_engine.containers["consul"] = ContainerState("", "running")
     return machine
@@ -715,7 +715,7 @@ def test_nothing_that_is_asked_keeps_servers_from_their_work(attack: Attack) -> 
         run_cycle(
             world.machines["worker22"].spec,
             world.machines["worker22"].host,
-            STEPS[:4],
+            STEPS[:5],
             lambda _: None,
         )
     assert last.is_ready, last.sentence

@@ -233,7 +233,7 @@ def test_every_module_says_what_it_is() -> None:
 def test_steps_stand_in_order_and_what_they_require_comes_first() -> None:
     names = [step.name for step in STEPS]
     assert names == [
-        *("identity", "kernel", "secrets", "consul", "engine"),
+        *("identity", "kernel", "secrets", "dns", "consul", "engine"),
         *("quorum", "guard", "access", "swarm", "services", "restart"),
     ]
     for position, step in enumerate(STEPS):

@@ -241,7 +241,7 @@ def test_no_engine_restart_where_the_options_are_there_already() -> None:
     world = cluster()
     for machine in world.machines.values():
         machine.files.texts[paths.DAEMON_JSON] = (
-            '{"log-driver": "json-file",'
+            '{"dns": ["169.254.53.53"], "log-driver": "json-file",'
             ' "log-opts": {"max-size": "10m", "max-file": "10", "compress": "true"}}'
         )
     converge(world)

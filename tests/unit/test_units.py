@@ -43,6 +43,7 @@ def root(tmp_path: Path) -> Path:
         "usr/sbin/dockerd",
         "usr/bin/kill",
         "usr/bin/sh",
+        "usr/bin/ip",
         "var/lib/nodeagent/consul/bin/consul",
     ):
         path = tmp_path / program
@@ -78,6 +79,7 @@ def test_systemd_would_have_found_a_mistake(root: Path) -> None:
         pytest.param("nodeagent.service", 2.9, id="agent"),
         pytest.param("nodeagent-consul.service", 1.9, id="consul"),
         pytest.param("nodeagent-guard.service", 1.5, id="guard"),
+        pytest.param("nodeagent-dns.service", 1.9, id="dns"),
     ],
 )
 def test_its_exposure_stays_low(name: str, at_most: float) -> None:
@@ -108,6 +110,14 @@ def test_the_guard_is_up_before_anything_that_runs_containers() -> None:
     assert unit["Install"]["WantedBy"] == "multi-user.target"
     assert set(unit["Unit"]["Before"].split()) == {"docker.service", "nodeagent-engine.service"}
     assert "After" not in unit["Unit"]
+
+
+def test_the_address_for_dns_is_up_before_anything_that_runs_containers_or_asks_there() -> None:
+    unit = Unit("nodeagent-dns.service")
+    assert unit["Install"]["WantedBy"] == "multi-user.target"
+    wanted = {"docker.service", "nodeagent-engine.service", "nodeagent-consul.service"}
+    assert set(unit["Unit"]["Before"].split()) == wanted
+    assert set(unit["Unit"]["After"].split()) == {"systemd-resolved.service", "dbus.socket"}
 
 
 def test_the_guard_alone_can_change_the_network_and_nothing_else() -> None:
