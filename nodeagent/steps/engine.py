@@ -257,6 +257,9 @@ def _run(seen: Seen, record: Record, found: Options) -> Plan:
     if seen.pending is not None and pending is None:
         return change(RemoveFile(paths.RESTART_PENDING))  # an earlier version's
     if pending is not None and not pending.at_s:
+        if record.trial and not _is_on_trial(seen, record):  # the file could never be written
+            before = replace(record, options=record.before, trial="", attempt="")
+            return change(_note(before), RemoveFile(paths.RESTART_PENDING))
         return change(_pend("restart", seen))
     is_tried = pending is None or pending.kind == "reloaded" or _is_restarted(seen, pending)
     on_trial = is_tried and _is_on_trial(seen, record)
@@ -387,10 +390,10 @@ _STUCK = re.compile(r"conflicts with network \w+ \(\w+\): networks have same bri
 
 
 def _is_stuck(seen: Seen) -> bool:
-    """Whether the Engine fails over its own store, as all before 27.5.1 do for good.
+    """Whether the Engine fails over its own store, as 26.1 does for good.
 
-    If it once cannot set up its bridge at a start, for iptables failed or the start was
-    interrupted, it keeps two in its store and never starts again (moby issue 49291).
+    If it once cannot set up its bridge at a start, because iptables failed, it keeps two in its
+    store and never starts again (moby issue 49291; mended in 27.5.1, and 20.10 gets over it).
     """
     return seen.is_down and any(_STUCK.search(line) for line in seen.journal)
 

@@ -90,9 +90,9 @@ class FakeFiles:
         return path
 
     def _is_directory(self, path: Path) -> bool:
-        return any(path in (each, *each.parents) for each in self.directories) or any(
-            path in each.parents for each in (*self.texts, *self.links)
-        )
+        below = f"{path}/"
+        there = itertools.chain(self.directories, self.texts, self.links)
+        return path in self.directories or any(str(each).startswith(below) for each in there)
 
     def _need_no_directory(self, operation: str, path: Path) -> None:
         if self._is_directory(path):

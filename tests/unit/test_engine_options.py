@@ -776,3 +776,24 @@ def test_containers_older_than_the_option_are_counted_and_named() -> None:
         "done Docker Engine 26.1.5, logs json-file; 2 containers are older and keep their own log "
         "settings: api, db"
     ]
+
+
+def test_a_file_that_could_not_be_written_leaves_nothing_to_be_done_when_it_is_asked_no_more() -> (
+    None
+):
+    machine = alone(OWNERS)
+    until_ready(machine)
+    restarts = machine.systemd.restarts
+
+    def on_a_full_disk(change: Change, host: Host) -> None:
+        if isinstance(change, WriteFile) and change.path == paths.DAEMON_JSON:
+            raise HostError("write", change.path, "No space left on device")
+        make(change, host)
+
+    for _ in range(2):
+        last = cycle(machine, BULKY, on_a_full_disk)
+    assert "No space left on device" in last.sentence
+    until_ready(machine)
+    assert machine.systemd.restarts == restarts
+    assert machine.files.read(paths.RESTART_PENDING) is None
+    assert file_of(machine) == MERGED
