@@ -165,11 +165,13 @@ def diff(spec: Spec, seen: Seen) -> Plan:
         return block(
             f"{paths.DAEMON_JSON} cannot be read: {error}", fix=f"mend {paths.DAEMON_JSON}"
         )
-    if seen.version and _version(seen.version) < OLDEST:
-        return block(
-            f"Docker Engine {seen.version} is too old",
-            fix=f"install {OLDEST[0]}.{OLDEST[1]} or newer",
-        )
+    running = seen.info.version if seen.info else ""
+    for version in filter(None, (seen.version, running)):
+        if _version(version) < OLDEST:
+            return block(
+                f"Docker Engine {version} is too old",
+                fix=f"install {OLDEST[0]}.{OLDEST[1]} or newer",
+            )
     given = options.flags(seen.unit.command)
     merged = options.merge(spec.engine, seen.dns, found, record, given)
     if merged.conflict:

@@ -335,6 +335,11 @@ def unit(active: str, *, load: str = "loaded", enabled: str = "enabled") -> Unit
             id="too-old",
         ),
         pytest.param(
+            replace(FRESH, info=replace(INFO, version="19.03.15")),
+            ["block Docker Engine 19.03.15 is too old", "fix install 20.10 or newer"],
+            id="the-one-that-runs-is-too-old",
+        ),
+        pytest.param(
             replace(RIGHT, version="20.10.24+dfsg1"),
             ["done Docker Engine 20.10.24+dfsg1, logs json-file"],
             id="just-new-enough",
