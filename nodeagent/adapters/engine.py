@@ -52,11 +52,14 @@ class DockerDaemon:
             requests.RequestException,
             OSError,
             ValueError,  # no JSON
+            *(KeyError, TypeError, AttributeError),  # JSON of another shape
         ) as error:
             if self._client is not None:
                 self._client.close()
             self._client = None
             cause = getattr(error, "explanation", None) or error
+            if isinstance(error, (KeyError, TypeError, AttributeError)):
+                cause = f"unclear answer: {error!r}"
             raise HostError(operation, self._name, cause) from error
 
     def info(self) -> EngineInfo | None:

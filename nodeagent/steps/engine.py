@@ -132,7 +132,9 @@ def observe(_spec: Spec, host: Host) -> Seen:
             if not seen.is_late:  # one that hangs with new options gets its old ones back
                 raise
     if seen.info is not None:
-        return replace(seen, logs=tuple(sorted(host.engine.log_settings().items())))
+        is_known = _version(seen.info.version) >= OLDEST
+        logs = sorted(host.engine.log_settings().items()) if is_known else ()
+        return replace(seen, logs=tuple(logs))
     if unit.active == "failed" or unit.restarts:
         seen = replace(seen, journal=host.systemd.last_lines(paths.ENGINE_UNIT, LINES))
         if _is_stuck(seen):
