@@ -16,6 +16,7 @@ from tests.lab.host import LabError, Waiting, wait_until
 from tests.lab.lab import Lab, Machine
 
 STEPS = tuple(step.name for step in steps.STEPS)
+LABELS = {step: f"{step[:5]:4}" for step in STEPS}  # a column each, in 80 columns
 TIMEOUT_S = 300
 
 
@@ -86,11 +87,11 @@ class Screen:
             self._tell(nodes, elapsed_s)
 
     def _draw(self, nodes: Mapping[str, Mapping[str, Any]], elapsed_s: float) -> None:
-        lines = [f"{elapsed_s:6.1f} s  {' '.join(STEPS)}"]
+        lines = [f"{elapsed_s:6.1f} s  {' '.join(LABELS.values())}"]
         for name, status in nodes.items():
             seen = status.get("steps", {})
             marks = {step: MARKS[seen.get(step, {}).get("state", "held")] for step in STEPS}
-            columns = " ".join(f"{mark:{len(step)}}" for step, mark in marks.items())
+            columns = " ".join(f"{mark:{len(LABELS[step])}}" for step, mark in marks.items())
             lines.append(f"{name:9} {columns}".rstrip())
             lines.append(f"          {_now(status)}"[:79])
         if self._drawn:
@@ -127,15 +128,15 @@ def _now(status: Mapping[str, Any]) -> str:
 
 def _times(machine: Machine) -> str:
     seen = cluster.status(machine)["steps"]
-    return " ".join(f"{seen[step]['done_s']:{len(step)}.1f}" for step in STEPS)
+    return " ".join(f"{seen[step]['done_s']:{len(label)}.1f}" for step, label in LABELS.items())
 
 
 def summary(machines: list[Machine]) -> str:
     """The nodes as the Swarm lists them, and when each step was done after the agent's start."""
     listed = cluster.swarm_nodes(machines[0])
     lines = [
-        f"done after s {' '.join(STEPS)}",
-        *(f"{machine.name:12} {_times(machine)}" for machine in machines),
+        f"{'done at s':9} {' '.join(LABELS.values())}",
+        *(f"{machine.name:9} {_times(machine)}" for machine in machines),
         "",
         f"{'node':13} {'node id':27} {'status':8} manager",
         *(

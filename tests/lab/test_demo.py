@@ -49,7 +49,7 @@ def test_the_demo_ends_with_four_ready_nodes(place: Path) -> None:
     demo = start(place)
     said, _ = demo.communicate(timeout=300)
     assert demo.returncode == 0, said
-    table = said[said.index("done after s") :]
+    table = said[said.index("done at s") :]
     for name in (*cluster.SERVERS, *cluster.WORKERS):
         times, row = (line.split() for line in table.splitlines() if line.startswith(name))
         assert len(times) == 1 + len(STEPS)
