@@ -29,7 +29,7 @@ lint: venv  ## ruff check, ruff format --check, mypy --strict
 test: lint  ## lint, then all tests but the long ones; without root, says what it leaves out
 	$(BIN)/pytest -m 'not full'
 
-test-full: lint  ## the same and the long ones
+test-full: lint  ## everything: the same, the long ones, and what CI has no time for
 	$(BIN)/pytest
 
 demo: venv  ## four machines from user-data alone become a Swarm cluster (needs root)

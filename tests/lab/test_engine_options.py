@@ -551,7 +551,7 @@ def test_killed_after_every_change(engines: Engines, flavour: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("flavour", ["trixie", "classic"])
+@pytest.mark.parametrize("flavour", ["trixie", pytest.param("classic", marks=pytest.mark.long)])
 def test_killed_at_any_time(engines: Engines, flavour: str) -> None:
     (machine,) = engines.on(flavour)
     fresh(machine, CHANGING)
@@ -663,7 +663,10 @@ QUICK = "/run/systemd/system/docker.service.d/quick.conf"  # or it is killed aft
 
 
 @pytest.mark.full
-@EACH
+@pytest.mark.parametrize(
+    "flavour",
+    [pytest.param(name, marks=[pytest.mark.long] if name != "trixie" else []) for name in FLAVOURS],
+)
 def test_an_option_the_engine_hangs_over(engines: Engines, flavour: str) -> None:
     """It reads the profile at its start, before it answers on its socket."""
     (machine,) = engines.on(flavour)

@@ -133,7 +133,7 @@ def run_of_the_initialiser(victim: Machine, others: list[Machine], die_after: in
     "is_every_change",
     [
         pytest.param(False, id="of-the-swarm-step"),
-        pytest.param(True, id="of-its-run", marks=pytest.mark.full),
+        pytest.param(True, id="of-its-run", marks=[pytest.mark.full, pytest.mark.long]),
     ],
 )
 def test_the_initialiser_killed_at_every_change(
