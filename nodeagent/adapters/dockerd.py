@@ -7,7 +7,6 @@ import mmap
 import os
 import re
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,12 +85,13 @@ class Dockerd:
         return ""
 
     def _as_nobody(self, program: Path, flags: Sequence[str], options: Path) -> str:
+        copy = options.with_suffix(".shown")
         try:
-            with tempfile.TemporaryDirectory(prefix="nodeagent-") as directory:
-                Path(directory).chmod(0o711)
-                copy = Path(directory, "daemon.json")
-                copy.write_bytes(options.read_bytes())
-                os.chown(copy, NOBODY, NOBODY)
+            copy.unlink(missing_ok=True)  # of a run that was killed
+            with open(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "wb") as file:
+                file.write(options.read_bytes())
+            os.chown(copy, NOBODY, NOBODY)
+            try:
                 done = subprocess.run(
                     [str(program), *flags, f"--config-file={copy}"],
                     capture_output=True,
@@ -105,6 +105,8 @@ class Dockerd:
                     extra_groups=[],
                     env={"PATH": os.environ.get("PATH", "")},
                 )
+            finally:
+                copy.unlink(missing_ok=True)
         except (OSError, subprocess.SubprocessError) as error:
             raise HostError("check the options of", program, error) from error
         lines = [line for line in done.stderr.splitlines() if line.strip()]

@@ -13,6 +13,7 @@ import pytest
 from nodeagent import paths
 from nodeagent.steps import dns
 from tests.lab import cluster, images
+from tests.lab.flavours import FLAVOURS
 from tests.lab.host import Waiting, wait_until
 from tests.lab.lab import BRIDGE, GATEWAY, Lab, Machine
 
@@ -165,12 +166,18 @@ def assert_strangers_hear_nothing(lab: Lab, machine: Machine) -> None:
     assert stranger_hears(lab, machine) == ["nothing"] * 2
 
 
-@pytest.fixture(scope="module")
-def two(lab: Lab) -> Iterator[tuple[Machine, Machine]]:
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[] if name == "trixie" else [pytest.mark.full, pytest.mark.long])
+        for name in FLAVOURS
+    ],
+)
+def two(lab: Lab, request: pytest.FixtureRequest) -> Iterator[tuple[Machine, Machine]]:
     """A server and a worker, and networks of both kinds across them."""
     lab.dns(a={OUTSIDE: [OUTSIDE_ADDRESS]})
     file = cluster.cluster_file(lab, cluster="names", servers=1, join=[SERVER])
-    machines = cluster.make(lab, file, ADDRESSES)
+    machines = cluster.make(lab, file, ADDRESSES, flavour=request.param)
     try:
         for machine in machines:
             machine.boot()

@@ -48,18 +48,47 @@ print(json.dumps({"asked": asked, "failed": failed, "turned": turned}))
 """
 
 
-@pytest.fixture(scope="module")
-def five(lab: Lab, four: list[Machine]) -> Iterator[list[Machine]]:
-    """The session's four and a second worker, each with a container of a service that answers."""
-    [more] = cluster.make(lab, cluster.cluster_file(lab), {"worker2": "10.10.0.22"})
-    more.boot()
-    machines = [*four, more]
+# A cluster in which every Engine is there: 26.1, 20.10.24, 28.5 and 20.10.5.
+MIXED = {
+    ("server-a", "10.10.0.71"): "trixie",
+    ("server-b", "10.10.0.72"): "bookworm",
+    ("server-c", "10.10.0.73"): "sid",
+    ("worker-a", "10.10.0.81"): "classic",
+    ("worker-b", "10.10.0.82"): "bookworm",
+}
+
+
+def mixed(lab: Lab) -> list[Machine]:
+    join = [address for name, address in MIXED if name.startswith("server")]
+    file = cluster.cluster_file(lab, join=join)
+    return [
+        machine
+        for (name, address), flavour in MIXED.items()
+        for machine in cluster.make(lab, file, {name: address}, flavour=flavour)
+    ]
+
+
+@pytest.fixture(
+    scope="module",
+    params=["one-engine", pytest.param("every-engine", marks=pytest.mark.long)],
+)
+def five(lab: Lab, request: pytest.FixtureRequest) -> Iterator[list[Machine]]:
+    """Three servers and two workers, each with a container of a service that answers."""
+    if request.param == "every-engine":
+        machines = mixed(lab)
+        made = machines
+    else:  # the session's four and a second worker
+        made = cluster.make(lab, cluster.cluster_file(lab), {"worker2": "10.10.0.22"})
+        machines = [*request.getfixturevalue("four"), *made]
+    for machine in made:
+        machine.boot()
+    first, more = machines[0], made[-1]
     cluster.wait_ready(machines)
-    wait_listed_ready(four[0], [machine.name for machine in machines])
+    wait_listed_ready(first, [machine.name for machine in machines])
     archive = lab.serve(images.box_archive())
     for machine in machines:
         machine.sh(f"curl -sSf {archive} | docker load", timeout_s=60)
-    four[0].sh(
+    first.sh(
         "docker service create --detach --name edge --mode global --no-resolve-image "
         f"--publish mode=host,target={PORT},published={PORT} {cluster.BOX_IMAGE} "
         f"httpd -f -p {PORT} -h /",
@@ -72,16 +101,20 @@ def five(lab: Lab, four: list[Machine]) -> Iterator[list[Machine]]:
 
     wait_until(answered, 60, "the service to answer on every node")
     yield machines
-    four[0].sh("docker service rm edge")
+    if request.param == "every-engine":
+        for machine in machines:
+            machine.destroy()
+        return
+    first.sh("docker service rm edge")
     more.destroy()
-    cluster.forget_token(four[0], more.name)
+    cluster.forget_token(first, more.name)
 
     def is_down() -> bool | Waiting:
-        status = cluster.swarm_nodes(four[0])[more.name]["Status"]
+        status = cluster.swarm_nodes(first)[more.name]["Status"]
         return status == "Down" or Waiting(status)
 
     wait_until(is_down, 60, "the second worker to be missed")
-    four[0].sh(f"docker node rm --force {more.name}")
+    first.sh(f"docker node rm --force {more.name}")
 
 
 def answers(lab: Lab, machine: Machine) -> bool:
