@@ -76,7 +76,7 @@ def test_systemd_would_have_found_a_mistake(root: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "at_most"),
     [
-        pytest.param("nodeagent.service", 2.9, id="agent"),
+        pytest.param("nodeagent.service", 3.0, id="agent"),
         pytest.param("nodeagent-consul.service", 1.9, id="consul"),
         pytest.param("nodeagent-guard.service", 1.5, id="guard"),
         pytest.param("nodeagent-dns.service", 1.9, id="dns"),
