@@ -191,17 +191,21 @@ class RemoveFile:
 
 @dataclass(frozen=True)
 class MoveAside:
-    """Take a file out of its program's way and keep it."""
+    """Take a file out of its program's way and keep it beside: one that the agent may not write.
+
+    The service manager does it, which may. Done before, it has nothing to do.
+    """
 
     path: Path
     to: Path
     why: str
 
     def __str__(self) -> str:
-        return f"move {self.path.name} to {self.to.parent}: {self.why}"
+        return f"rename {self.path.name} to {self.to.name}: {self.why}"
 
     def apply(self, host: Host) -> None:
-        host.files.set_aside(self.path, self.to)
+        manager = ("systemd-run", "--quiet", "--wait", "--collect", "--")
+        host.systemd.execute(*manager, "mv", "-f", str(self.path), str(self.to))
 
 
 @dataclass(frozen=True)

@@ -248,9 +248,6 @@ class Files(Protocol):
         """
 
     def remove(self, path: Path) -> None: ...
-    def set_aside(self, path: Path, to: Path) -> None:
-        """Move a file to a place where there may be another one, durably."""
-
     def exists(self, path: Path) -> bool: ...
     def is_private(self, path: Path) -> bool:
         """Whether it is a file that nobody but root or this process's user can read or write."""

@@ -46,6 +46,14 @@ RELOADABLE = frozenset(("labels", "debug", "registry-mirrors"))
 # them to start (moby daemon/config, `verifySwarmCompatible`).
 NOT_WITH_SWARM = ("live-restore", "cluster-store", "cluster-advertise")
 
+# Options whose values may be told: sentences go to the journal and to Consul.
+SHOWN = frozenset(
+    (
+        *("log-driver", "log-opts", "dns", "labels", "debug", "live-restore", "bip", "mtu"),
+        *("default-address-pools", "default-runtime", "bridge", "max-concurrent-downloads"),
+    )
+)
+
 DRIVERS = (  # moby daemon/logdrivers_linux.go; a plugin's name has a slash or a colon
     *("json-file", "local", "journald", "syslog", "gelf", "fluentd", "awslogs", "splunk"),
     *("gcplogs", "logentries", "none"),
@@ -69,14 +77,16 @@ class Flag:
 class Record:
     """What this program did to daemon.json; kept on disk beside the Engine's own state.
 
-    `options` are ours in the file as it is to be, `before` those in the file before that. While
-    `trial` (a digest) is that of the file, the Engine has not yet been seen to run with it, and
-    `good` is the text that it ran with before (None: no file). `fault` says why it is to go back.
+    `options` are ours in the file as it is to be, `before` those in the file before that, `kept`
+    those in `good`. While `trial` (a digest) is that of the file, the Engine has not yet been seen
+    to run with it, and `good` is the text that it ran with before (None: no file). `fault` says why
+    it is to go back.
     `refused` is the digest of an attempt that failed so, and `words` what the Engine said then.
     """
 
     options: Options = field(default_factory=dict)
     before: Options = field(default_factory=dict)
+    kept: Options = field(default_factory=dict)
     good: str | None = None
     trial: str = ""
     attempt: str = ""
@@ -89,7 +99,8 @@ class Record:
     def parse(cls, text: str | None) -> Record:
         """Raises ValueError, TypeError or AttributeError when it is none of ours."""
         found = cls(**json.loads(text)) if text else cls()
-        return cls(**{**asdict(found), "options": {**found.options}, "before": {**found.before}})
+        ours = {name: {**getattr(found, name)} for name in ("options", "before", "kept")}
+        return cls(**{**asdict(found), **ours})
 
     def dump(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -203,6 +214,8 @@ def merge(
     for key, value in flat(asked.options or {}).items():
         wanted[key], is_named[key] = value, True
     result = {key: value for key, value in present.items() if not record.is_ours(key, value)}
+    if asked.log is None and result.get(f"{_OPT}max-file") in ("0", "1"):
+        wanted.pop(f"{_OPT}compress", None)  # the Engine cannot compress its only file
     for key, value in wanted.items():
         flag = given.get(key.split()[0])
         if flag is not None:
@@ -218,6 +231,12 @@ def merge(
 
 
 def _conflict(key: str, there: str, value: Any, place: str) -> Merged:
+    if key.split()[0] not in SHOWN:  # proxies, for one, are given with passwords
+        return Merged(
+            {},
+            f"{key} is one thing in {place} and another by {paths.SPEC}",
+            f"remove one of the two, in {place} or {paths.SPEC}",
+        )
     return Merged(
         {},
         f"{key} is {there} and {json.dumps(value)} by {paths.SPEC}",
@@ -262,7 +281,7 @@ def is_reloadable(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether a running Engine can go from one file to the other without a restart."""
     before, after = flat(old), flat(new)
     changed = {k for k in (*before, *after) if before.get(k) != after.get(k)}
-    return changed <= RELOADABLE
+    return changed <= RELOADABLE & after.keys()
 
 
 def refusal(

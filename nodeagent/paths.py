@@ -24,7 +24,6 @@ IDENTITY = STATE / "identity.json"
 ENGINE_RECORD = STATE / "engine-options.json"
 ORIGINALS = STATE / "originals"
 ORIGINAL_DAEMON_JSON = ORIGINALS / "daemon.json"
-ENGINE_NETWORKS = ORIGINALS / "local-kv.db"  # the Engine's own, where it could not start with it
 NODE_TOKEN = STATE / "node-token.json"
 KERNEL_REBOOT = STATE / "kernel-reboot"  # in which boot this node asked for its one reboot
 DNS_ENVIRONMENT = STATE / "dns.env"

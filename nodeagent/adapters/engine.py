@@ -87,7 +87,9 @@ class DockerDaemon:
                     settings = LogSettings(config["Type"], config["Config"] or {}, made)
                     self._logs[id_] = settings  # it never changes
         self._logs = {id_: self._logs[id_] for id_ in found if id_ in self._logs}
-        return {found[id_]["Names"][0].lstrip("/"): each for id_, each in self._logs.items()}
+        # A dead container may have no name (moby daemon/list.go).
+        names = {id_: (found[id_]["Names"] or [id_[:12]])[0].lstrip("/") for id_ in self._logs}
+        return {names[id_]: each for id_, each in self._logs.items()}
 
     def managers(self) -> Mapping[str, bool]:
         with self._call("list the managers of the Swarm of") as client:

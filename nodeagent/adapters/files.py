@@ -54,18 +54,6 @@ class LocalFiles:
         with _errors("remove", path):
             path.unlink(missing_ok=True)
 
-    def set_aside(self, path: Path, to: Path) -> None:
-        with _errors("move", path):
-            _make_directory(to.parent)
-            temporary = _beside(to)  # to may be on another file system
-            shutil.copyfile(path, temporary)
-            temporary.chmod(0o600)
-            _sync(temporary)
-            temporary.replace(to)
-            _sync(to.parent)
-            path.unlink()
-            _sync(path.parent)
-
     def make_private_directory(self, path: Path) -> None:
         with _errors("make the directory", path):
             if not path.is_dir():

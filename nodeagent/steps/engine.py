@@ -8,6 +8,7 @@ that works; until then any trouble brings the old one back, and the same attempt
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass, replace
@@ -132,9 +133,11 @@ def observe(_spec: Spec, host: Host) -> Seen:
             if not seen.is_late:  # one that hangs with new options gets its old ones back
                 raise
     if seen.info is not None:
-        is_known = _version(seen.info.version) >= OLDEST
-        logs = sorted(host.engine.log_settings().items()) if is_known else ()
-        return replace(seen, logs=tuple(logs))
+        with contextlib.suppress(
+            HostError
+        ):  # it is told only, and may hang where the rest does not
+            return replace(seen, logs=tuple(sorted(host.engine.log_settings().items())))
+        return seen
     if unit.active == "failed" or unit.restarts:
         seen = replace(seen, journal=host.systemd.last_lines(paths.ENGINE_UNIT, LINES))
         if _is_stuck(seen):
@@ -211,24 +214,31 @@ def _try(seen: Seen, record: Record, found: Options, wanted: Options) -> Plan:
             f"was changed: {seen.verdict}",
             fix=f"edit engine in {paths.SPEC} or {paths.DAEMON_JSON}",
         )
+    pending = Pending.parse(seen.pending)
+    # Taken back before the Engine has read it: it runs with that file all the while.
+    if _is_on_trial(seen, record) and pending and pending.kind == "restart" and pending.at_s:
+        is_unread = not _is_restarted(seen, pending) and seen.unit.is_active
+        if is_unread and options.is_same(options.parse(record.good), wanted):
+            known = replace(record, options=record.kept, before={}, trial="", attempt="")
+            return change(_restore(record), _note(known), RemoveFile(paths.RESTART_PENDING))
     changes: list[Change] = []
     if seen.record is None and seen.daemon_json is not None:
         changes.append(WriteFile(paths.ORIGINAL_DAEMON_JSON, seen.daemon_json, 0o600))
     flat = options.flat(found)
+    before = {key: value for key, value in flat.items() if record.is_ours(key, value)}
     trial = Record(
         options=options.ours(wanted, found, record),
-        before={key: value for key, value in flat.items() if record.is_ours(key, value)},
+        before=before,
+        kept=record.kept if _is_on_trial(seen, record) else before,
         good=record.good if _is_on_trial(seen, record) else seen.daemon_json,
         trial=options.digest(text),
         attempt=attempt,
         since=record.since,
     )
     changes.append(_note(trial))
-    pending = Pending.parse(seen.pending)
-    if seen.unit.active != "inactive" or pending is not None:
-        is_light = options.is_reloadable(found, wanted) and seen.unit.is_active
-        is_light &= pending is None or pending.kind != "restart"
-        changes.append(_pend("reload", seen) if is_light else _due())
+    is_light = options.is_reloadable(found, wanted) and seen.unit.is_active
+    is_light &= pending is None or pending.kind != "restart"
+    changes.append(_pend("reload", seen) if is_light else _due())
     changes.append(WriteFile(paths.DAEMON_JSON, text, KEEP_MODE))
     return change(*changes, RemoveFile(paths.OPTIONS_CANDIDATE))
 
@@ -236,16 +246,11 @@ def _try(seen: Seen, record: Record, found: Options, wanted: Options) -> Plan:
 def _way_back(seen: Seen, record: Record) -> Plan:
     """The Engine does not run with the file on trial: put the good one back, and remember."""
     if _is_on_trial(seen, record):
-        back = (
-            RemoveFile(paths.DAEMON_JSON)
-            if record.good is None
-            else WriteFile(paths.DAEMON_JSON, record.good, KEEP_MODE)
-        )
-        return change(_due(), back)
+        return change(_due(), _restore(record))
     return change(
         _note(
             Record(
-                options=record.before,
+                options=record.kept,
                 good=record.good,
                 refused=record.attempt,
                 words=record.fault,
@@ -253,6 +258,12 @@ def _way_back(seen: Seen, record: Record) -> Plan:
             )
         )
     )
+
+
+def _restore(record: Record) -> Change:
+    if record.good is None:
+        return RemoveFile(paths.DAEMON_JSON)
+    return WriteFile(paths.DAEMON_JSON, record.good, KEEP_MODE)
 
 
 def _run(seen: Seen, record: Record, found: Options) -> Plan:
@@ -270,12 +281,16 @@ def _run(seen: Seen, record: Record, found: Options) -> Plan:
     words = _last_words(seen.journal)
     if _is_stuck(seen):
         return _unstick(seen)
-    if seen.is_down or (seen.info is None and seen.is_late):
-        if not is_tried:
-            return change(_restart())
-        if on_trial:
-            fault = words or f"no answer within {START_DEADLINE_S:.0f} s"
-            return change(_note(replace(record, fault=fault)))
+    if not is_tried and (
+        seen.is_down
+        or (seen.info is None and seen.is_late and (record.refused or not seen.unit.is_active))
+    ):
+        return change(_restart())
+    since = pending.at_s if pending else 0.0
+    is_late = seen.is_late and seen.now_s - since > START_DEADLINE_S
+    if on_trial and (seen.is_down or (seen.info is None and is_late)):
+        fault = words or f"no answer within {START_DEADLINE_S:.0f} s"
+        return change(_note(replace(record, fault=fault)))
     if seen.unit.active == "failed":
         words = f": {words}" if words else ""
         return block(
@@ -292,6 +307,8 @@ def _run(seen: Seen, record: Record, found: Options) -> Plan:
         if pending.kind == "reload":
             why = f"{paths.DAEMON_JSON} changed"
             return change(ReloadUnit(paths.ENGINE_UNIT, why), _pend("reloaded", seen))
+        if seen.info is None and not record.refused:
+            return wait("docker.service to answer on its socket")
         is_member = seen.info is not None and seen.info.swarm.state != "inactive"
         if is_member and not record.refused:  # the way back does not wait
             return done(f"{_summary(seen, record)}; new options wait for a restart")
@@ -316,7 +333,13 @@ def undo(_spec: Spec, seen: Seen) -> Plan:
     """Take our options out of the file; as the owner left it, to the byte, where that is all."""
     if seen.record is None:
         return done("the Engine has no options of ours")
-    record, found = Record.parse(seen.record), options.parse(seen.daemon_json)
+    try:
+        record, found = Record.parse(seen.record), options.parse(seen.daemon_json)
+    except (ValueError, TypeError, AttributeError) as error:
+        return block(
+            f"{paths.DAEMON_JSON} or {paths.ENGINE_RECORD} cannot be read: {error}",
+            fix=f"mend {paths.DAEMON_JSON}, or rm {paths.ENGINE_RECORD}; then once more",
+        )
     rest = options.owners_alone(found, record)
     pending = Pending.parse(seen.pending)
     if rest != found:
@@ -413,9 +436,9 @@ def _unstick(seen: Seen) -> Plan:
             f"{names}",
             fix=f"mv {store} /root/; systemctl restart docker.service; docker network create …",
         )
-    why = "the Engine cannot start with it, and it holds the Engine's own networks alone"
+    why = "the Engine cannot start with it, and it has no networks of yours"
     return change(
-        MoveAside(store, paths.ENGINE_NETWORKS, why),
+        MoveAside(store, store.with_name("local-kv.db.set-aside"), why),
         RestartUnit(paths.ENGINE_UNIT, "its store of networks made anew"),
     )
 

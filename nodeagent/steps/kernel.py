@@ -23,6 +23,8 @@ SWAP_V1 = CGROUP / "memory/memory.memsw.limit_in_bytes"
 # As systemd-detect-virt(1) finds them (https://systemd.io/CONTAINER_INTERFACE/).
 CONTAINER_MARKS = ("/run/systemd/container", "/run/.containerenv", "/.dockerenv")
 
+# There as long as an Engine is a member of a Swarm, which one that is down cannot say.
+SWARM_STATE = Path("/var/lib/docker/swarm/docker-state.json")
 ASKED = "cgroup_enable=memory swapaccount=1"
 
 # What turns it off is taken out: Debian's kernels of today, like all that nobody patched, do not
@@ -91,7 +93,7 @@ def observe(_spec: Spec, host: Host) -> Seen:
         is_going_down=files.exists(paths.REBOOT_ASKED),
         is_in_cloud_init=files.exists(paths.CLOUD_INIT_ENABLED)
         and not files.exists(paths.CLOUD_INIT_RESULT),
-        is_member=info is not None and info.swarm.state != "inactive",
+        is_member=info.swarm.state != "inactive" if info else files.exists(SWARM_STATE),
     )
 
 

@@ -17,9 +17,9 @@ from nodeagent.plan import Plan, Step, change, done, wait
 from nodeagent.spec import Spec
 from nodeagent.steps.engine import Pending
 
-# A restart takes 50 s at most before it is given up, and Consul may let a session live for twice
-# its time. A machine that dies loses its sessions at once, with its health check.
-LOCK_TTL_S = 60
+# Longer than an Engine may take with options that it hangs over, and its restart with the old ones.
+# A machine that dies loses its sessions at once, with its health check.
+LOCK_TTL_S = 180
 
 
 def lock_key(spec: Spec) -> str:
@@ -48,7 +48,10 @@ def observe(spec: Spec, host: Host) -> Seen:
         began_s=host.systemd.unit(paths.ENGINE_UNIT).began_s,
         lock=host.consul.get(lock_key(spec)).get(lock_key(spec)),
         managers={},
-        reboot=asked_in is not None and asked_in == host.files.read(paths.BOOT_ID),
+        reboot=spec.kernel.memory_accounting
+        and spec.kernel.reboot == "once"
+        and asked_in is not None
+        and asked_in == host.files.read(paths.BOOT_ID),
         is_going_down=host.files.exists(paths.REBOOT_ASKED),
     )
     if not (spec.is_server and (seen.reboot or pending is not None)):

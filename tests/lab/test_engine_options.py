@@ -717,8 +717,8 @@ def test_an_engine_that_its_own_store_keeps_from_starting(engines: Engines) -> N
         assert "networks have same bridge name" in machine.journal("docker")[-4000:]
         said = drive(machine)
         assert (said["state"], said["active"], said["again"]) == ("done", "active", [])
-        assert any(change.startswith("move local-kv.db to") for change in said["changes"])
-        machine.sh(f"test -s {paths.ENGINE_NETWORKS}; docker network create shop")
+        assert any(change.startswith("rename local-kv.db to") for change in said["changes"])
+        machine.sh(f"test -s {STORE}.set-aside; docker network create shop")
         assert break_store(machine) == "failed"
         before = machine.sh(f"sha256sum {STORE}")
         said = drive(machine)

@@ -115,13 +115,6 @@ class FakeFiles:
             self.texts.pop(path, None)
             self.modes.pop(path, None)
 
-    def set_aside(self, path: Path, to: Path) -> None:
-        text = self.read(path)
-        if text is None:
-            raise HostError("move", path, "No such file or directory")
-        self.write(to, text, 0o600)
-        self.remove(path)
-
     def exists(self, path: Path) -> bool:
         path = self._real(path)
         return path in self.texts or self._is_directory(path)
@@ -919,6 +912,9 @@ class FakeSystemd:
     def execute(self, *command: str) -> None:
         if self.machine.refuses and "validate" in command:
             raise HostError("run", command[0], self.machine.refuses)
+        if "mv" in command:
+            path, to = map(Path, command[-2:])
+            self.machine.files.texts[to] = self.machine.files.texts.pop(path)
 
     def last_lines(self, name: str, count: int) -> tuple[str, ...]:
         words = self.failing_words if name == paths.ENGINE_UNIT else ()
