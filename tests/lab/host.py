@@ -32,7 +32,6 @@ PACKAGES: Mapping[str, str] = {
     "debian-archive-keyring": "/usr/share/keyrings/debian-archive-keyring.gpg",
     "curl": "/usr/bin/curl",
     "jq": "/usr/bin/jq",
-    "libfaketime": "/usr/share/doc/libfaketime",
 }
 
 #: How often `wait_until` looks, in seconds: short against a boot (2 s), long against a look.
