@@ -9,7 +9,7 @@ from pathlib import Path
 from nodeagent import paths
 from nodeagent.steps import STEPS
 from tests.lab import cluster, images
-from tests.lab.host import Waiting, wait_until
+from tests.lab.host import LabError, Waiting, wait_until
 from tests.lab.lab import Lab, Machine
 
 OWNED = "/etc/nodeagent /var/lib/nodeagent /etc/docker /opt/nodeagent /etc/systemd/system"
@@ -43,8 +43,22 @@ def restarts_of(machine: Machine, unit: str = "docker.service") -> int:
 
 
 def assert_one_swarm(machines: Iterable[Machine], nodes: set[str] | None = None) -> str:
-    """All machines are in one Swarm in their roles, which is also the record's; returns its id."""
+    """All machines are in one Swarm in their roles, which is also the record's; returns its id.
+
+    Once its managers agree: one that has just come back may elect with the others for a moment.
+    """
     machines = list(machines)
+
+    def found() -> str | Waiting:
+        try:
+            return the_one_swarm(machines, nodes)
+        except (AssertionError, LabError) as error:
+            return Waiting(str(error)[:500])
+
+    return wait_until(found, 30, "one Swarm")
+
+
+def the_one_swarm(machines: list[Machine], nodes: set[str] | None) -> str:
     servers = [machine for machine in machines if machine.name.startswith("server")]
     seen = {machine.name: cluster.swarm(machine) for machine in machines}
     assert {info["LocalNodeState"] for info in seen.values()} == {"active"}
