@@ -231,7 +231,8 @@ def merge(
 
 
 def _conflict(key: str, there: str, value: Any, place: str) -> Merged:
-    if key.split()[0] not in SHOWN:  # proxies, for one, are given with passwords
+    is_number = isinstance(value, (bool, int, float))
+    if key.split()[0] not in SHOWN and not is_number:  # proxies, for one, are given with passwords
         return Merged(
             {},
             f"{key} is one thing in {place} and another by {paths.SPEC}",
