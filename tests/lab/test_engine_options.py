@@ -691,7 +691,7 @@ def test_an_option_the_engine_hangs_over(engines: Engines, flavour: str) -> None
 
 BREAKING = """\
 #!/bin/sh
-case "$*" in *"-I POSTROUTING"*MASQUERADE* | *"-A POSTROUTING"*MASQUERADE*)
+case "$*" in *"-I POSTROUTING"*docker0*MASQUERADE* | *"-A POSTROUTING"*docker0*MASQUERADE*)
     if [ -e /run/break ]; then rm /run/break; echo broken >&2; exit 4; fi ;;
 esac
 exec /usr/sbin/iptables "$@"
